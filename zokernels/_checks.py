@@ -1,0 +1,309 @@
+"""Argument checks of every op, in one place: each backend gets arguments that passed them.
+
+A check returns the device type that serves the call and raises before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from zokernels.noise import DISTRIBUTIONS, ROUNDINGS, matrix_shape
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}; got {value!r}")
+
+
+def _dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16; got {dtype}")
+
+
+def _device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the weights; got {tensor.device}")
+
+
+def _seeds(seeds: Tensor, device: torch.device) -> None:
+    if seeds.dtype != torch.int64 or seeds.dim() != 1:
+        raise TypeError(
+            f"seeds must be an int64 vector; got {seeds.dtype} of shape {tuple(seeds.shape)}"
+        )
+    _device("seeds", seeds, device)
+
+
+def _coeffs(coeffs: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    fits = len(shape) == coeffs.dim() and all(
+        want is None or want == got for want, got in zip(shape, coeffs.shape, strict=True)
+    )
+    if coeffs.dtype != torch.float32 or not fits:
+        wanted = ", ".join("branches" if n is None else str(n) for n in shape)
+        raise TypeError(
+            f"coeffs must be float32 of shape [{wanted}]; got {coeffs.dtype} of shape "
+            f"{tuple(coeffs.shape)}"
+        )
+    _device("coeffs", coeffs, device)
+
+
+def _region(rows: int, cols: int, param_id: int, row_offset: int, col_offset: int) -> None:
+    if not 0 <= param_id < 1 << 32:
+        raise ValueError(f"param_id must be in [0, 2**32); got {param_id}")
+    if row_offset < 0 or row_offset + rows > 1 << 32:
+        raise ValueError(
+            f"rows must stay in [0, 2**32); got row_offset {row_offset} and {rows} rows"
+        )
+    if col_offset < 0 or col_offset + cols > 1 << 34:
+        raise ValueError(
+            f"columns must stay in [0, 2**34); got col_offset {col_offset} and {cols} columns"
+        )
+
+
+def _weight(
+    w: Tensor, seeds: Tensor, coeffs: Tensor, param_id: int, row_offset: int, col_offset: int
+) -> None:
+    _dtype("w", w.dtype)
+    if w.dim() != 2:
+        raise ValueError(f"w must be a matrix; got shape {tuple(w.shape)}")
+    _seeds(seeds, w.device)
+    _coeffs(coeffs, (None, seeds.numel()), w.device)
+    _region(*w.shape, param_id, row_offset, col_offset)
+
+
+def sample(
+    rows: int,
+    cols: int,
+    seed: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+) -> str:
+    if seed.dtype != torch.int64 or seed.dim() != 0:
+        raise TypeError(f"seed must be a 0-d int64 tensor; got {seed.dtype} {tuple(seed.shape)}")
+    if rows < 0 or cols < 0:
+        raise ValueError(f"rows and cols must not be negative; got {rows} and {cols}")
+    _region(rows, cols, param_id, row_offset, col_offset)
+    _choice("distribution", distribution, DISTRIBUTIONS)
+    return seed.device.type
+
+
+def displace(
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+    dtype: torch.dtype | None,
+) -> str:
+    _weight(w, seeds, coeffs, param_id, row_offset, col_offset)
+    _choice("distribution", distribution, DISTRIBUTIONS)
+    _choice("rounding", rounding, ROUNDINGS)
+    if dtype is not None:
+        _dtype("dtype", dtype)
+    return w.device.type
+
+
+def displace_(
+    out: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+) -> str:
+    device = displace(
+        w, seeds, coeffs, param_id, row_offset, col_offset, distribution, rounding, out.dtype
+    )
+    if tuple(out.shape) != (coeffs.shape[0], *w.shape):
+        raise ValueError(
+            f"out must have shape {(coeffs.shape[0], *w.shape)}; got {tuple(out.shape)}"
+        )
+    _device("out", out, w.device)
+    return device
+
+
+def _many(
+    name: str,
+    tensors: list[Tensor],
+    seeds: Tensor,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+) -> str:
+    if not tensors:
+        raise ValueError(f"{name} must not be empty")
+    if len(param_ids) != len(tensors):
+        raise ValueError(f"param_ids must have {len(tensors)} entries; got {len(param_ids)}")
+    for label, offsets in (("row_offsets", row_offsets), ("col_offsets", col_offsets)):
+        if offsets and len(offsets) != len(tensors):
+            raise ValueError(
+                f"{label} must be empty or have {len(tensors)} entries; got {len(offsets)}"
+            )
+    device = tensors[0].device
+    for i, tensor in enumerate(tensors):
+        _dtype(f"{name}[{i}]", tensor.dtype)
+        _device(f"{name}[{i}]", tensor, device)
+        _region(
+            *matrix_shape(tensor.shape),
+            param_ids[i],
+            row_offsets[i] if row_offsets else 0,
+            col_offsets[i] if col_offsets else 0,
+        )
+    _seeds(seeds, device)
+    _choice("distribution", distribution, DISTRIBUTIONS)
+    return device.type
+
+
+def update_(
+    params: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decay: Tensor | None,
+    ends: Tensor | None,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+    rounding: str,
+) -> str:
+    device = _many("params", params, seeds, param_ids, row_offsets, col_offsets, distribution)
+    _choice("rounding", rounding, ROUNDINGS)
+    terms = seeds.numel()
+    _coeffs(coeffs, (terms,), params[0].device)
+    if decay is not None and (decay.dtype != torch.float32 or tuple(decay.shape) != (terms,)):
+        raise TypeError(
+            f"decay must be float32 of shape [{terms}]; got {decay.dtype} of shape "
+            f"{tuple(decay.shape)}"
+        )
+    if ends is not None and (ends.dtype != torch.bool or tuple(ends.shape) != (terms,)):
+        raise TypeError(
+            f"ends must be bool of shape [{terms}]; got {ends.dtype} of shape {tuple(ends.shape)}"
+        )
+    return device
+
+
+def project(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+) -> str:
+    return _many("vectors", vectors, seeds, param_ids, row_offsets, col_offsets, distribution)
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> str:
+    _weight(w, seeds, coeffs, param_id, row_offset, col_offset)
+    _choice("distribution", distribution, DISTRIBUTIONS)
+    branches = coeffs.shape[0]
+    rows, cols = w.shape
+    fan_in, fan_out = (rows, cols) if transposed else (cols, rows)
+    if x.dtype != w.dtype:
+        raise TypeError(f"x must have the dtype of w, {w.dtype}; got {x.dtype}")
+    _device("x", x, w.device)
+    if x.dim() < (1 if shared else 2) or x.shape[-1] != fan_in:
+        raise ValueError(f"x must end in a dimension of {fan_in}; got shape {tuple(x.shape)}")
+    if not shared and x.shape[0] != branches:
+        raise ValueError(f"x must start with {branches} branches; got shape {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (branches, fan_out):
+        raise ValueError(
+            f"bias must have shape {(branches, fan_out)}; got shape {tuple(bias.shape)}"
+        )
+    return w.device.type
+
+
+def embedding(
+    ids: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> str:
+    _weight(w, seeds, coeffs, param_id, row_offset, col_offset)
+    _choice("distribution", distribution, DISTRIBUTIONS)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be int64 or int32; got {ids.dtype}")
+    _device("ids", ids, w.device)
+    if not shared and (ids.dim() == 0 or ids.shape[0] != coeffs.shape[0]):
+        raise ValueError(
+            f"ids must start with {coeffs.shape[0]} branches; got shape {tuple(ids.shape)}"
+        )
+    return w.device.type
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    ignore_index: int,
+) -> str:
+    device = linear(
+        x,
+        w,
+        bias,
+        seeds,
+        coeffs,
+        param_id,
+        row_offset,
+        col_offset,
+        distribution,
+        shared,
+        False,
+    )
+    lead = x.shape[:-1] if shared else x.shape[1:-1]
+    if targets.dtype != torch.int64 or tuple(targets.shape) != tuple(lead) or len(lead) != 1:
+        raise ValueError(
+            f"targets must be int64 of shape [tokens] = {tuple(lead)}; got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}"
+        )
+    return device
+
+
+CHECKS: dict[str, Callable[..., str]] = {
+    "sample": sample,
+    "displace": displace,
+    "displace_": displace_,
+    "update_": update_,
+    "project": project,
+    "linear": linear,
+    "embedding": embedding,
+    "linear_cross_entropy": linear_cross_entropy,
+}

@@ -1,0 +1,140 @@
+"""Schemas and fake implementations of every op, and nothing else.
+
+The ops are the contract between the layers: backends implement them (:mod:`zokernels.reference` is the
+specification), everything above calls them as ``torch.ops.zokernels.<op>``.
+
+Notation: ``w`` a matrix ``[rows, cols]`` in the sense of :mod:`zokernels.noise`, ``seeds`` int64
+``[K]``, ``coeffs`` float32 ``[G, K]`` (or ``[K]`` for updates), ``z_k`` the direction of seed ``k``,
+branch ``g`` the weights ``w + sum_k coeffs[g, k] z_k``. Offsets say where ``w`` starts inside its
+parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "zokernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+SCHEMAS = {
+    # z itself, float32 [rows, cols]; seed int64, 0-d.
+    "sample": "(SymInt rows, SymInt cols, Tensor seed, int param_id, SymInt row_offset, "
+    "SymInt col_offset, str distribution) -> Tensor",
+    # The weights of every branch: [G, rows, cols] in dtype (w's by default).
+    "displace": "(Tensor w, Tensor seeds, Tensor coeffs, int param_id, SymInt row_offset, "
+    "SymInt col_offset, str distribution, str rounding, ScalarType? dtype) -> Tensor",
+    # The same into scratch `out` [G, rows, cols].
+    "displace_": "(Tensor(a!) out, Tensor w, Tensor seeds, Tensor coeffs, int param_id, "
+    "SymInt row_offset, SymInt col_offset, str distribution, str rounding) -> ()",
+    # params += sum_k coeffs[k] z_k, one rounding at every True of `ends` (None: at every term);
+    # decay[k] multiplies the weight before term k.
+    "update_": "(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
+    "int[] param_ids, SymInt[] row_offsets, SymInt[] col_offsets, str distribution, str rounding) -> ()",
+    # <vectors, z_k> over all vectors: float32 [K].
+    "project": "(Tensor[] vectors, Tensor seeds, int[] param_ids, SymInt[] row_offsets, "
+    "SymInt[] col_offsets, str distribution) -> Tensor",
+    # y_g = x_g W_g^T + bias_g, or x_g W_g when transposed; x [G, ..., in], or [..., in] when shared.
+    "linear": "(Tensor x, Tensor w, Tensor? bias, Tensor seeds, Tensor coeffs, int param_id, "
+    "SymInt row_offset, SymInt col_offset, str distribution, bool shared, bool transposed) -> Tensor",
+    # Rows ids of W_g; ids [G, ...], or [...] when shared; -> [G, ..., cols].
+    "embedding": "(Tensor ids, Tensor w, Tensor seeds, Tensor coeffs, int param_id, SymInt row_offset, "
+    "SymInt col_offset, str distribution, bool shared) -> Tensor",
+    # Mean cross-entropy of softmax(x_g W_g^T + bias_g) against targets, float32 [G].
+    "linear_cross_entropy": "(Tensor x, Tensor w, Tensor? bias, Tensor targets, Tensor seeds, "
+    "Tensor coeffs, int param_id, SymInt row_offset, SymInt col_offset, str distribution, bool shared, "
+    "int ignore_index) -> Tensor",
+}
+
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _fake(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+
+
+@_fake("sample")
+def _(
+    rows: int, cols: int, seed: Tensor, param_id: int, row_offset: int, col_offset: int, dist: str
+) -> Tensor:
+    return seed.new_empty((rows, cols), dtype=torch.float32)
+
+
+@_fake("displace")
+def _(
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    return w.new_empty((coeffs.shape[0], *w.shape), dtype=dtype or w.dtype)
+
+
+@_fake("displace_")
+def _(out: Tensor, w: Tensor, *rest: object) -> None:
+    return None
+
+
+@_fake("update_")
+def _(params: list[Tensor], *rest: object) -> None:
+    return None
+
+
+@_fake("project")
+def _(vectors: list[Tensor], seeds: Tensor, *rest: object) -> Tensor:
+    return seeds.new_empty(seeds.shape, dtype=torch.float32)
+
+
+@_fake("linear")
+def _(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> Tensor:
+    lead = x.shape[:-1] if shared else x.shape[1:-1]
+    return x.new_empty((coeffs.shape[0], *lead, w.shape[1 if transposed else 0]))
+
+
+@_fake("embedding")
+def _(
+    ids: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    lead = ids.shape if shared else ids.shape[1:]
+    return w.new_empty((coeffs.shape[0], *lead, w.shape[1]))
+
+
+@_fake("linear_cross_entropy")
+def _(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    *rest: object,
+) -> Tensor:
+    return x.new_empty((coeffs.shape[0],), dtype=torch.float32)

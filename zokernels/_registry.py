@@ -1,0 +1,145 @@
+"""Which backend serves which op on which device.
+
+Backends are tried in a fixed order per device type; ``reference`` serves every device. A backend that
+cannot be used keeps the reason. ``ZOKERNELS_BACKEND`` (or :func:`use_backend`) asks for one by name,
+and what is asked for and cannot be had is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zokernels import _checks, _ops
+
+Kernel = Callable[..., object]
+
+# Backend name -> (module with KERNELS, device types it serves), fastest first.
+_KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cpp": ("zokernels.cpp", ("cpu",)),
+    "reference": ("zokernels.reference", ("*",)),
+}
+
+
+@dataclass
+class Backend:
+    """A backend's kernels, or the reason why it is off."""
+
+    name: str
+    devices: tuple[str, ...]
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    reason: str | None = None
+
+    def serves(self, device: str) -> bool:
+        return self.reason is None and ("*" in self.devices or device in self.devices)
+
+
+_backends: dict[str, Backend] = {}
+_forced: str | None = None
+_table: dict[tuple[str, str], Kernel] = {}
+
+
+def backends() -> dict[str, Backend]:
+    """All known backends, loaded or with the reason why not."""
+    if not _backends:
+        for name, (module, devices) in _KNOWN.items():
+            backend = Backend(name, devices)
+            try:
+                backend.kernels = dict(importlib.import_module(module).KERNELS)
+            except (ImportError, OSError, RuntimeError) as error:
+                backend.reason = f"{type(error).__name__}: {error}"
+            _backends[name] = backend
+        asked = os.environ.get("ZOKERNELS_BACKEND")
+        if asked:
+            _force(asked)
+    return _backends
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    if name is not None:
+        known = backends()
+        if name not in known:
+            raise ValueError(f"backend must be one of {sorted(known)}; got {name!r}")
+        if known[name].reason is not None:
+            raise RuntimeError(f"backend {name!r} was asked for but is off: {known[name].reason}")
+    _forced = name
+    _table.clear()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend for every op inside the context.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend is off; the message says why.
+    """
+    backends()
+    previous = _forced
+    _force(name)
+    try:
+        yield
+    finally:
+        _force(previous)
+
+
+def kernel(backend: str, op: str) -> Kernel:
+    """One backend's implementation of an op, for tests and benchmarks.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the backend is off, or does not have the op.
+    """
+    known = backends()
+    if backend not in known:
+        raise ValueError(f"backend must be one of {sorted(known)}; got {backend!r}")
+    if known[backend].reason is not None:
+        raise RuntimeError(f"backend {backend!r} is off: {known[backend].reason}")
+    if op not in known[backend].kernels:
+        raise RuntimeError(f"backend {backend!r} has no op {op!r}")
+    return known[backend].kernels[op]
+
+
+def serving(op: str, device: str) -> str:
+    """Name of the backend that serves an op on a device type."""
+    for name, backend in backends().items():
+        if (_forced is None or name == _forced) and backend.serves(device) and op in backend.kernels:
+            return name
+    raise RuntimeError(
+        f"backend {_forced!r} was asked for but does not serve {op!r} on {device!r}"
+        if _forced
+        else f"no backend serves {op!r} on {device!r}"
+    )
+
+
+def _dispatcher(op: str) -> Kernel:
+    check = _checks.CHECKS[op]
+
+    def call(*args: object) -> object:
+        device = check(*args)
+        found = _table.get((op, device))
+        if found is None:
+            found = _table[op, device] = backends()[serving(op, device)].kernels[op]
+        return found(*args)
+
+    return call
+
+
+for _name in _ops.SCHEMAS:
+    _ops.library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
+
+
+def device_types() -> list[str]:
+    """Device types torch can use here."""
+    types = ["cpu"]
+    if torch.cuda.is_available():
+        types.append("cuda")
+    return types
+

@@ -1,0 +1,282 @@
+"""Every op in plain torch: the executable specification and the universal fallback.
+
+Each function takes its op's positional arguments (:mod:`zokernels._ops`) and runs on any device that
+has int64 and float64. Rows go in chunks so that the noise of a huge parameter is never held whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zokernels import noise
+
+# Elements of noise drawn at once. The generator's int64 and float64 temporaries cost about 100 bytes
+# an element.
+CHUNK = 1 << 18
+
+
+def _row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK // max(cols, 1))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * b + c`` with one rounding to float32 (the product is exact in float64)."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+def sample(
+    rows: int,
+    cols: int,
+    seed: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+) -> Tensor:
+    z = torch.empty((rows, cols), dtype=torch.float32, device=seed.device)
+    for start, stop in _row_chunks(rows, cols):
+        z[start:stop] = noise.direction(
+            stop - start, cols, seed, param_id, row_offset + start, col_offset, distribution
+        )
+    return z
+
+
+def displace_(
+    out: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+) -> None:
+    rows, cols = w.shape
+    for start, stop in _row_chunks(rows, cols):
+        region = (stop - start, cols)
+        place = (row_offset + start, col_offset)
+        acc = w[start:stop].float().expand(coeffs.shape[0], *region)
+        for k in range(seeds.numel()):
+            z = noise.direction(*region, seeds[k], param_id, *place, distribution)
+            acc = _fma(coeffs[:, k, None, None], z, acc)
+        bits = None
+        if rounding == "stochastic" and seeds.numel():
+            bits = noise.rounding_bits(
+                *region, seeds[0], param_id, noise.STREAM_PROBE_ROUNDING, *place
+            )
+        out[:, start:stop] = noise.round_to(acc, out.dtype, bits)
+
+
+def displace(
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    out = w.new_empty((coeffs.shape[0], *w.shape), dtype=dtype or w.dtype)
+    displace_(out, w, seeds, coeffs, param_id, row_offset, col_offset, distribution, rounding)
+    return out
+
+
+def update_(
+    params: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decay: Tensor | None,
+    ends: Tensor | None,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+    rounding: str,
+) -> None:
+    for i, param in enumerate(params):
+        rows, cols = noise.matrix_shape(param.shape)
+        row0 = row_offsets[i] if row_offsets else 0
+        col0 = col_offsets[i] if col_offsets else 0
+        result = torch.empty((rows, cols), dtype=param.dtype, device=param.device)
+        flat = param.reshape(rows, cols)
+        for start, stop in _row_chunks(rows, cols):
+            region = (stop - start, cols)
+            place = (row0 + start, col0)
+            acc = flat[start:stop].float()
+            for k in range(seeds.numel()):
+                z = noise.direction(*region, seeds[k], param_ids[i], *place, distribution)
+                acc = _fma(coeffs[k], z, acc if decay is None else acc * decay[k])
+                if ends is None or bool(ends[k]):
+                    bits = None
+                    if rounding == "stochastic" and param.dtype != torch.float32:
+                        stream = noise.STREAM_UPDATE_ROUNDING
+                        bits = noise.rounding_bits(*region, seeds[k], param_ids[i], stream, *place)
+                    acc = noise.round_to(acc, param.dtype, bits).float()
+            result[start:stop] = acc.to(param.dtype)
+        param.copy_(result.reshape(param.shape))
+
+
+def project(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+) -> Tensor:
+    total = torch.zeros(seeds.shape, dtype=torch.float64, device=seeds.device)
+    for i, vector in enumerate(vectors):
+        rows, cols = noise.matrix_shape(vector.shape)
+        row0 = row_offsets[i] if row_offsets else 0
+        col0 = col_offsets[i] if col_offsets else 0
+        flat = vector.reshape(rows, cols)
+        for start, stop in _row_chunks(rows, cols):
+            v = flat[start:stop].double()
+            for k in range(seeds.numel()):
+                z = noise.direction(
+                    stop - start, cols, seeds[k], param_ids[i], row0 + start, col0, distribution
+                )
+                total[k] += (v * z.double()).sum()
+    return total.float()
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> Tensor:
+    # One branch at a time: a single displaced copy of w exists at once.
+    ys = []
+    for g in range(coeffs.shape[0]):
+        wg = displace(
+            w,
+            seeds,
+            coeffs[g : g + 1],
+            param_id,
+            row_offset,
+            col_offset,
+            distribution,
+            "nearest",
+            None,
+        )[0]
+        y = F.linear(x if shared else x[g], wg.t() if transposed else wg)
+        ys.append(y if bias is None else (y + bias[g]).to(y.dtype))
+    return torch.stack(ys)
+
+
+def embedding(
+    ids: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= w.shape[0]):
+        raise IndexError(
+            f"ids must be in [0, {w.shape[0]}); got values from {int(ids.min())} to {int(ids.max())}"
+        )
+    branches = coeffs.shape[0]
+    used, where = torch.unique(ids, return_inverse=True)
+    rows = torch.empty((branches, used.numel(), w.shape[1]), dtype=w.dtype, device=w.device)
+    for i, r in enumerate(used.tolist()):
+        rows[:, i : i + 1] = displace(
+            w[r : r + 1],
+            seeds,
+            coeffs,
+            param_id,
+            row_offset + r,
+            col_offset,
+            distribution,
+            "nearest",
+            None,
+        )
+    if shared:
+        return rows[:, where]
+    return torch.stack([rows[g][where[g]] for g in range(branches)])
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    ignore_index: int,
+) -> Tensor:
+    branches, vocab = coeffs.shape[0], w.shape[0]
+    keep = targets != ignore_index
+    if targets[keep].numel() and (
+        int(targets[keep].min()) < 0 or int(targets[keep].max()) >= vocab
+    ):
+        raise IndexError(
+            f"targets must be in [0, {vocab}) or ignore_index={ignore_index}; got values from "
+            f"{int(targets[keep].min())} to {int(targets[keep].max())}"
+        )
+    tokens = targets.numel()
+    top = torch.full((branches, tokens), -torch.inf, device=x.device)
+    total = torch.zeros((branches, tokens), device=x.device)
+    picked = torch.zeros((branches, tokens), device=x.device)
+    # Online logsumexp over chunks of the vocabulary.
+    for start, stop in _row_chunks(vocab, max(w.shape[1], tokens)):
+        part = None if bias is None else bias[:, start:stop]
+        logits = linear(
+            x,
+            w[start:stop],
+            part,
+            seeds,
+            coeffs,
+            param_id,
+            row_offset + start,
+            col_offset,
+            distribution,
+            shared,
+            False,
+        ).float()  # [G, N, chunk]
+        new_top = torch.maximum(top, logits.amax(-1))
+        total = total * torch.exp(top - new_top) + torch.exp(logits - new_top[..., None]).sum(-1)
+        top = new_top
+        here = (targets >= start) & (targets < stop) & keep
+        index = (targets - start).clamp(0, stop - start - 1).expand(branches, tokens)
+        value = logits.gather(-1, index[..., None])[..., 0]
+        picked = torch.where(here, value, picked)
+    losses = torch.where(keep, top + total.log() - picked, 0.0)
+    return losses.sum(-1) / keep.sum()
+
+
+KERNELS: dict[str, Callable[..., object]] = {
+    "sample": sample,
+    "displace": displace,
+    "displace_": displace_,
+    "update_": update_,
+    "project": project,
+    "linear": linear,
+    "embedding": embedding,
+    "linear_cross_entropy": linear_cross_entropy,
+}
