@@ -1,0 +1,212 @@
+"""A model bound for zeroth-order evaluation: which parameters move, under which ids.
+
+A :class:`Binding` fixes the trainable parameters of a model: their qualified names, their ids in the
+noise contract, and every place in the module tree that holds them (a tied weight has several places
+and one id). It is checked before every use, so that a model changed since then is an error and not a
+wrong number.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zokernels._checks import DTYPES
+from zokernels.noise import matrix_shape, parameter_ids
+
+Selection = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+class ModelChangedError(RuntimeError):
+    """A bound model's parameters were replaced, resized, moved or converted."""
+
+
+@dataclass(frozen=True)
+class BoundParameter:
+    """One trainable parameter and where the module tree holds it."""
+
+    name: str
+    id: int
+    tensor: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    places: tuple[tuple[dict[str, nn.Parameter | None], str], ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns in the noise contract."""
+        return matrix_shape(self.shape)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module under DistributedDataParallel, DataParallel and ``torch.compile`` wrappers.
+
+    Names, and so noise, do not depend on how a model is wrapped.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+class Binding:
+    """The trainable parameters of ``model``, checked and identified.
+
+    Args:
+        model: any module; parameters that are shared count once, under their first name.
+        params: which parameters move: names, a predicate ``(name, parameter) -> bool``, or None for
+            those with ``requires_grad``.
+
+    Raises:
+        ValueError: no parameter is selected, a name is unknown, two names share an id, or a selected
+            parameter is on the meta device (not loaded, or offloaded).
+        TypeError: a selected parameter is not float32, bfloat16 or float16.
+    """
+
+    def __init__(self, model: nn.Module, params: Selection = None) -> None:
+        self.model = unwrap(model)
+        named = dict(self.model.named_parameters())
+        if params is None:
+            names = [n for n, p in named.items() if p.requires_grad]
+        elif callable(params):
+            names = [n for n, p in named.items() if params(n, p)]
+        else:
+            asked = [params] if isinstance(params, str) else list(params)
+            unknown = [n for n in asked if n not in named]
+            if unknown:
+                raise ValueError(
+                    f"params must name parameters of the model; unknown: {unknown[:5]}"
+                )
+            chosen = set(asked)
+            names = [n for n in named if n in chosen]
+        if not names:
+            raise ValueError(
+                "params selects no parameter: the model has no trainable parameter (requires_grad), "
+                "or the selection matches none"
+            )
+        for name in names:
+            _check_parameter(name, named[name])
+        ids = parameter_ids(names)
+
+        places: dict[int, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
+        for module in self.model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(id(parameter), []).append((module._parameters, key))
+        self.params: tuple[BoundParameter, ...] = tuple(
+            BoundParameter(
+                name,
+                ids[name],
+                named[name],
+                named[name].shape,
+                named[name].dtype,
+                named[name].device,
+                tuple(places[id(named[name])]),
+            )
+            for name in names
+        )
+        self.by_name = {p.name: p for p in self.params}
+
+    @property
+    def numel(self) -> int:
+        """Number of trainable elements."""
+        return sum(p.tensor.numel() for p in self.params)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return self.params[0].device
+
+    def check(self) -> None:
+        """Raise when the model is no longer the one that was bound.
+
+        Raises:
+            ModelChangedError: a parameter was replaced, resized, moved or converted.
+        """
+        for p in self.params:
+            if (
+                p.tensor.shape != p.shape
+                or p.tensor.dtype != p.dtype
+                or p.tensor.device != p.device
+            ):
+                raise ModelChangedError(
+                    f"parameter {p.name!r} was {tuple(p.shape)} {p.dtype} on {p.device} when the "
+                    f"model was bound and is {tuple(p.tensor.shape)} {p.tensor.dtype} on "
+                    f"{p.tensor.device} now: bind the model again"
+                )
+            for holder, key in p.places:
+                if holder.get(key) is not p.tensor:
+                    raise ModelChangedError(
+                        f"parameter {p.name!r} was replaced after the model was bound: bind the "
+                        f"model again"
+                    )
+
+    def groups(self) -> list[list[BoundParameter]]:
+        """Parameters split by device, as the multi-tensor ops take them."""
+        groups: dict[torch.device, list[BoundParameter]] = {}
+        for p in self.params:
+            groups.setdefault(p.device, []).append(p)
+        return list(groups.values())
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise ValueError(
+            f"parameter {name!r} is on the meta device (not loaded, or offloaded): load it before "
+            f"binding, or leave it out of params"
+        )
+    if parameter.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter {name!r} has dtype {parameter.dtype}; trainable parameters must be float32, "
+            f"bfloat16 or float16 (leave quantised or integer ones out of params)"
+        )
+    if parameter.layout is not torch.strided:
+        raise TypeError(f"parameter {name!r} must be a strided tensor; got {parameter.layout}")
+
+
+_cache: weakref.WeakKeyDictionary[nn.Module, Binding] = weakref.WeakKeyDictionary()
+
+
+def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
+    """A binding of ``model``: given ones are checked, default selections are cached per model.
+
+    Args:
+        model: module, or a binding (then ``params`` must be None).
+        params: see :class:`Binding`.
+
+    Raises:
+        ModelChangedError: a given binding no longer fits its model.
+        ValueError, TypeError: as :class:`Binding`.
+    """
+    if isinstance(model, Binding):
+        if params is not None:
+            raise ValueError("params must be None when a Binding is given: it has its own")
+        model.check()
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or a Binding; got {type(model).__name__}")
+    if params is not None:
+        return Binding(model, params)
+    model = unwrap(model)
+    cached = _cache.get(model)
+    if cached is not None:
+        trainable = [id(p) for p in model.parameters() if p.requires_grad]
+        try:
+            cached.check()
+        except ModelChangedError:
+            cached = None
+        else:
+            if trainable != [id(p.tensor) for p in cached.params]:
+                cached = None
+    if cached is None:
+        cached = _cache[model] = Binding(model)
+    return cached
