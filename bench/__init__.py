@@ -1,0 +1,1 @@
+"""Benchmarks of zokernels: ``python -m bench.step`` and friends, run from the repository root."""

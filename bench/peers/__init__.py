@@ -1,0 +1,1 @@
+"""Other implementations of the same step, to compare with."""
