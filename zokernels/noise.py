@@ -293,7 +293,8 @@ def round_to(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tenso
     bfloat16: the bits are added to the float32 bit pattern and the low half is dropped, so a value
     goes to its upper neighbour (in magnitude) with probability equal to its distance from the lower
     one. float16: the upper 13 of the 16 bits do the same above ``2**-14``; below, where float16 is a
-    fixed grid of ``2**-24``, the value is moved by ``bits * 2**-40`` and rounded down in magnitude.
+    fixed grid of ``2**-24``, the value is moved by ``(bits >> 3) * 2**-37`` and rounded down in
+    magnitude (13 bits, so that the sum is exact in float32 for every value of the grid).
     Values beyond the largest finite number become infinite; NaN and infinities stay.
 
     Args:
@@ -314,6 +315,6 @@ def round_to(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tenso
     y = rounded.view(torch.float32)
     if dtype == torch.float16:
         small = x.abs() < 2.0**-14
-        grid = torch.floor(x.abs() * 2.0**24 + bits.to(torch.float32) * 2.0**-16) * 2.0**-24
+        grid = torch.floor(x.abs() * 2.0**24 + (bits >> 3).to(torch.float32) * 2.0**-13) * 2.0**-24
         y = torch.where(small, torch.copysign(grid, x), y)
     return torch.where(torch.isfinite(x), y, x).to(dtype)

@@ -1,0 +1,103 @@
+"""Shared fixtures: which backends are under test, and poisoned memory.
+
+``ZOKERNELS_TEST_REQUIRE=reference,cpp`` names backends that must be usable: a run without one of them
+stops with an error instead of passing on what is left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Set before transformers is imported: nothing in the tests may reach for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from zokernels import _registry
+
+# Fixed examples: a red test stays red on the next run, and a green one is not luck.
+settings.register_profile("zokernels", derandomize=True, deadline=None, database=None)
+settings.load_profile("zokernels")
+
+REQUIRED = [
+    name.strip()
+    for name in os.environ.get("ZOKERNELS_TEST_REQUIRE", "reference").split(",")
+    if name.strip()
+]
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run here."""
+    return [name for name, backend in _registry.backends().items() if backend.reason is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    known = _registry.backends()
+    for name in REQUIRED:
+        if name not in known:
+            raise pytest.UsageError(
+                f"ZOKERNELS_TEST_REQUIRE names the unknown backend {name!r}; known: {sorted(known)}"
+            )
+        if known[name].reason is not None:
+            raise pytest.UsageError(f"required backend {name!r} is off: {known[name].reason}")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [
+        f"backend {name}: {backend.reason or 'on'}"
+        for name, backend in _registry.backends().items()
+    ]
+
+
+@pytest.fixture(params=available_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on every usable backend, with that backend forced."""
+    with _registry.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill fresh memory (``torch.empty`` at every level) with NaN or the largest integer.
+
+    A kernel that forgets an element then gives a wrong number and not, by luck, a zero.
+    """
+    previous = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(previous, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """Every test starts from the same global random state and leaves grad mode and dtype alone."""
+    torch.manual_seed(0)
+    grad, dtype, threads = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+    )
+    yield
+    leaked = [
+        what
+        for what, now, before in (
+            ("grad mode", torch.is_grad_enabled(), grad),
+            ("default dtype", torch.get_default_dtype(), dtype),
+            ("thread count", torch.get_num_threads(), threads),
+        )
+        if now != before
+    ]
+    torch.set_grad_enabled(grad)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    assert not leaked, f"the test changed global state: {leaked}"
