@@ -8,7 +8,6 @@ wrong number.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -115,6 +114,10 @@ class Binding:
             for name in names
         )
         self.by_name = {p.name: p for p in self.params}
+        # Recurrent modules keep a second list of their parameters.
+        self.recurrent = tuple(
+            m for m in self.model.modules() if isinstance(getattr(m, "_flat_weights", None), list)
+        )
 
     @property
     def numel(self) -> int:
@@ -173,7 +176,19 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         raise TypeError(f"parameter {name!r} must be a strided tensor; got {parameter.layout}")
 
 
-_cache: weakref.WeakKeyDictionary[nn.Module, Binding] = weakref.WeakKeyDictionary()
+class _Slot:
+    """Keeps a model's binding on the model, so that both die together; copies start empty."""
+
+    KEY = "_zokernels_binding"
+
+    def __init__(self) -> None:
+        self.binding: Binding | None = None
+
+    def __deepcopy__(self, memo: object) -> _Slot:
+        return _Slot()
+
+    def __reduce__(self) -> tuple[type[_Slot], tuple[()]]:
+        return _Slot, ()
 
 
 def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
@@ -197,16 +212,16 @@ def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
     if params is not None:
         return Binding(model, params)
     model = unwrap(model)
-    cached = _cache.get(model)
-    if cached is not None:
+    slot = model.__dict__.setdefault(_Slot.KEY, _Slot())
+    cached = slot.binding
+    if cached is not None and cached.model is model:
         trainable = [id(p) for p in model.parameters() if p.requires_grad]
         try:
             cached.check()
         except ModelChangedError:
-            cached = None
+            pass
         else:
-            if trainable != [id(p.tensor) for p in cached.params]:
-                cached = None
-    if cached is None:
-        cached = _cache[model] = Binding(model)
-    return cached
+            if trainable == [id(p.tensor) for p in cached.params]:
+                return cached
+    slot.binding = Binding(model)
+    return slot.binding

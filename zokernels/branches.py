@@ -1,0 +1,644 @@
+"""Evaluate an unmodified model at several displaced copies of its weights that never exist.
+
+Branch ``g`` sees ``W + sum_k C[g, k] z(s_k)`` (:mod:`zokernels.noise`). All branches are evaluated at
+once, as the examples of one ``torch.func.vmap`` in which the moving parameters are lazy
+(:mod:`zokernels.lazy`): a linear layer draws its noise once for all branches and reads each weight
+once, everything that no moving parameter has touched yet is computed once, and every other operation
+runs on the stack. Where a model cannot be stacked the branches run one after another, with one warning
+that says why. The weights themselves are never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zokernels.binding import Binding, BoundParameter, Selection, bind
+from zokernels.lazy import Lazy
+from zokernels.noise import DISTRIBUTIONS, signed_seed
+
+Seeds = Tensor | Sequence[int]
+Coeffs = Tensor | Sequence[Sequence[float]]
+
+# A stacked evaluation differs from one branch at a time by the order of sums only. Relative to the
+# largest value of an output.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+# Parameters formed whole are worth a word from this size on.
+_LARGE = 1 << 22
+
+
+class StackingWarning(UserWarning):
+    """A model's branches run one after another, or one of its parameters is formed whole."""
+
+
+class _Memory:
+    """What is known about a binding after its first evaluation."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.lazy = Lazy(binding)
+        self.checked = False
+        self.sequential: str | None = None  # the reason, when stacking was given up
+        self.aliases: tuple[BoundParameter, ...] = ()  # used behind the module tree's back
+        self.reported = False
+
+
+_memories: weakref.WeakKeyDictionary[Binding, _Memory] = weakref.WeakKeyDictionary()
+
+
+class Branches:
+    """A model at ``G`` displaced copies of its weights.
+
+    Branch ``g`` of parameter ``p`` is ``W_p + scale_p * sum_k coeffs[g, k] z_p(seeds[k])``, computed
+    in float32 and rounded once to the parameter's dtype (parameters of at most 65536 elements enter
+    norms, biases and arithmetic in float32).
+
+    Args:
+        model: any module, or a :class:`~zokernels.Binding`.
+        seeds: ``K`` seeds: integers in [-2**63, 2**64), or an int64 tensor ``[K]``.
+        coeffs: float32 ``[G, K]``, or nested numbers.
+        params: which parameters move (names or predicate); None for those with ``requires_grad``.
+        distribution: ``"gaussian"`` or ``"rademacher"``.
+        scale: factor of the coefficients by parameter name, 1 where absent.
+        sequential: True runs one branch after another (any callable, memory of one branch); False
+            raises where stacking fails; None stacks, and goes one by one where that fails.
+
+    Raises:
+        ValueError, TypeError: a bad argument.
+        ModelChangedError: the model is not the one that was bound.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Binding,
+        seeds: Seeds,
+        coeffs: Coeffs,
+        *,
+        params: Selection = None,
+        distribution: str = "gaussian",
+        scale: Mapping[str, float] | None = None,
+        sequential: bool | None = None,
+    ) -> None:
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(
+                f"distribution must be one of {list(DISTRIBUTIONS)}; got {distribution!r}"
+            )
+        self.binding = bind(model, params)
+        self.distribution = distribution
+        self.seeds = _as_seeds(seeds).to(self.binding.device)
+        self.coeffs = _as_coeffs(coeffs, self.seeds.numel()).to(self.binding.device)
+        self.scale = dict(scale or {})
+        unknown = [n for n in self.scale if n not in self.binding.by_name]
+        if unknown:
+            raise ValueError(f"scale must name moving parameters; unknown: {unknown[:5]}")
+        self.sequential = sequential
+
+    @property
+    def num_branches(self) -> int:
+        """G."""
+        return self.coeffs.shape[0]
+
+    def __call__(self, fn: Callable[[], Any]) -> Any:
+        """``fn()`` at every branch.
+
+        Args:
+            fn: called without arguments; returns a tensor, or tensors in tuples, lists, dicts or
+                transformers outputs. Stacked evaluation calls it once and, on the first use of a
+                model, once more per branch to compare. Random numbers (dropout) are the same in all
+                branches.
+
+        Returns:
+            The same structure, each tensor stacked to ``[G, ...]``.
+
+        Raises:
+            Whatever ``fn`` raises; RuntimeError when stacking fails and ``sequential`` is False.
+        """
+        memory = self._memory()
+        if self.sequential or self.num_branches == 1:
+            return self._one_by_one(memory, fn)
+        if memory.sequential is not None and self.sequential is None:
+            return self._one_by_one(memory, fn)
+        if not memory.checked:
+            return self._first_use(memory, fn)
+        try:
+            return self._stacked(memory, fn)
+        except Exception as error:
+            if self.sequential is False or _out_of_memory(error):
+                raise
+            outputs = self._one_by_one(memory, fn)  # raises again when fn itself is at fault
+            self._give_up(memory, _reason(error))
+            return outputs
+
+    @contextlib.contextmanager
+    def at(self, branch: int) -> Iterator[None]:
+        """Any code inside sees the weights of one branch; gradients are off.
+
+        Args:
+            branch: index in [0, G).
+
+        Raises:
+            IndexError: ``branch`` is out of range.
+            RuntimeError: an evaluation of this model is already active.
+        """
+        if not 0 <= branch < self.num_branches:
+            raise IndexError(f"branch must be in [0, {self.num_branches}); got {branch}")
+        with self._active(self._memory(), self.coeffs[branch : branch + 1]):
+            yield
+
+    # --- how ------------------------------------------------------------------------------------------
+
+    def _memory(self) -> _Memory:
+        self.binding.check()
+        memory = _memories.get(self.binding)
+        if memory is None:
+            memory = _memories[self.binding] = _Memory(self.binding)
+        memory.lazy.follow(self.binding)
+        return memory
+
+    @contextlib.contextmanager
+    def _active(self, memory: _Memory, coeffs: Tensor) -> Iterator[None]:
+        lazy = memory.lazy
+        if not lazy.state.lock.acquire(blocking=False):
+            raise RuntimeError(
+                "an evaluation at branches of this model is already active: evaluations of one model "
+                "do not nest and do not run on several threads"
+            )
+        try:
+            lazy.state.begin(self.seeds, coeffs, self.scale, self.distribution)
+            aliased = {p.name for p in memory.aliases}
+            with contextlib.ExitStack() as stack:
+                if memory.aliases and coeffs.shape[0] == 1:
+                    stack.enter_context(self._exchanged(memory.aliases, coeffs[0]))
+                swapped = [p for p in self.binding.params if p.name not in aliased]
+                try:
+                    for p in swapped:
+                        stand_in: Any = lazy.params[p.name]
+                        for holder, key in p.places:
+                            holder[key] = stand_in
+                    _swap_flat_weights(
+                        self.binding, {id(p.tensor): lazy.params[p.name] for p in swapped}
+                    )
+                    stack.enter_context(torch.no_grad())
+                    yield
+                finally:
+                    for p in swapped:
+                        original: Any = p.tensor
+                        for holder, key in p.places:
+                            holder[key] = original
+                    _swap_flat_weights(
+                        self.binding, {id(lazy.params[p.name]): p.tensor for p in swapped}
+                    )
+        finally:
+            lazy.state.end()
+            lazy.state.lock.release()
+
+    def _stacked(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
+        state = memory.lazy.state
+        layout: list[Any] = []
+
+        def body(branch: Tensor) -> tuple[Tensor, ...]:
+            state.level = functorch.maybe_get_level(branch)
+            try:
+                leaves, spec = _flatten(fn())
+            finally:
+                state.level = None
+            layout[:] = [leaves, spec]
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+        # Attention on CPU has no batching rule and loops over the branches, which costs nothing here.
+        functorch._set_vmap_fallback_warning_enabled(False)
+        try:
+            with self._active(memory, self.coeffs):
+                index = torch.arange(self.num_branches, device=self.binding.device)
+                stacked = iter(torch.func.vmap(body, randomness="same")(index))
+        finally:
+            functorch._set_vmap_fallback_warning_enabled(True)
+        leaves, spec = layout
+        return tree_unflatten(
+            [next(stacked) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+        )
+
+    def _one_by_one(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
+        every: list[list[Any]] = []
+        with _same_random_numbers(self.binding.device) as rewind:
+            for g in range(self.num_branches):
+                rewind()
+                with self._active(memory, self.coeffs[g : g + 1]):
+                    leaves, spec = _flatten(fn())
+                    every.append([_plain(leaf) for leaf in leaves])
+        first = every[0]
+        return tree_unflatten(
+            [
+                torch.stack([leaves[i] for leaves in every]) if isinstance(leaf, Tensor) else leaf
+                for i, leaf in enumerate(first)
+            ],
+            spec,
+        )
+
+    def _first_use(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
+        """Stack, compare with one branch at a time, and remember which of them to trust."""
+        with _same_buffers(self.binding.model), _same_random_numbers(self.binding.device) as rewind:
+            problem: str | None = None
+            stacked = None
+            try:
+                stacked = self._stacked(memory, fn)
+            except Exception as error:
+                if self.sequential is False or _out_of_memory(error):
+                    raise
+                problem = _reason(error)
+            used = set(memory.lazy.state.touched)
+            formed = dict(memory.lazy.state.materialised)
+            rewind()
+            outputs = self._one_by_one(memory, fn)
+            if problem is None:
+                problem = _difference(stacked, outputs)
+                if problem is not None and self.sequential is False:
+                    raise RuntimeError(f"stacked evaluation is not exact for this model: {problem}")
+            else:
+                used = set(memory.lazy.state.touched)
+            unused = [p for p in self.binding.params if p.name not in used]
+            if unused:
+                rewind()
+                memory.aliases = self._find_aliases(memory, fn, unused)
+                if memory.aliases:
+                    problem = "parameters are used from outside the module tree: " + ", ".join(
+                        p.name for p in memory.aliases[:5]
+                    )
+                    if self.sequential is False:
+                        raise RuntimeError(f"stacked evaluation is impossible: {problem}")
+                    rewind()
+                    outputs = self._one_by_one(memory, fn)
+        memory.checked = True
+        if problem is not None:
+            self._give_up(memory, problem)
+            return outputs
+        self._report(memory, formed)
+        return stacked
+
+    def _find_aliases(
+        self, memory: _Memory, fn: Callable[[], Any], unused: list[BoundParameter]
+    ) -> tuple[BoundParameter, ...]:
+        """Those of the unused parameters that change the result after all."""
+        plain = self._single(memory, fn)
+        with self._exchanged(unused, self.coeffs[0]):
+            moved = self._single(memory, fn, without=unused)
+        return tuple(unused) if _difference(plain, moved, exact=True) else ()
+
+    def _single(
+        self, memory: _Memory, fn: Callable[[], Any], without: Sequence[BoundParameter] = ()
+    ) -> Any:
+        with _same_random_numbers(self.binding.device), self._active(memory, self.coeffs[:1]):
+            leaves, spec = _flatten(fn())
+            return tree_unflatten(
+                [_plain(leaf)[None] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+            )
+
+    @contextlib.contextmanager
+    def _exchanged(self, params: Sequence[BoundParameter], coeffs: Tensor) -> Iterator[None]:
+        """Give parameters displaced storage for a while; the weights stay where they are."""
+        kept = [p.tensor.data for p in params]
+        try:
+            for p, data in zip(params, kept, strict=True):
+                factor = coeffs * self.scale.get(p.name, 1.0)
+                p.tensor.data = torch.ops.zokernels.displace(
+                    data.reshape(p.matrix),
+                    self.seeds.to(p.device),
+                    factor[None].to(p.device),
+                    p.id,
+                    0,
+                    0,
+                    self.distribution,
+                    "nearest",
+                    None,
+                ).view(p.shape)
+            yield
+        finally:
+            for p, data in zip(params, kept, strict=True):
+                p.tensor.data = data
+
+    def _give_up(self, memory: _Memory, reason: str) -> None:
+        memory.sequential = reason
+        memory.checked = True
+        warnings.warn(
+            f"{type(self.binding.model).__name__}: branches run one after another from now on: {reason}",
+            StackingWarning,
+            stacklevel=3,
+        )
+
+    def _report(self, memory: _Memory, formed: Mapping[str, int]) -> None:
+        large = [
+            f"{p.name} ({p.tensor.numel() / 1e6:.1f} M elements, {formed[p.name]}x)"
+            for p in self.binding.params
+            if p.tensor.numel() >= _LARGE and formed.get(p.name)
+        ]
+        if large and not memory.reported:
+            memory.reported = True
+            warnings.warn(
+                f"{type(self.binding.model).__name__}: parameters formed whole in an evaluation, because "
+                f"they are used in a way that has no kernel: {', '.join(large[:5])}",
+                StackingWarning,
+                stacklevel=3,
+            )
+
+
+def branches(
+    model: nn.Module | Binding,
+    seeds: Seeds,
+    coeffs: Coeffs,
+    *,
+    params: Selection = None,
+    distribution: str = "gaussian",
+    scale: Mapping[str, float] | None = None,
+    sequential: bool | None = None,
+) -> Branches:
+    """:class:`Branches` of a model: ``zo.branches(model, [seed], [[eps], [-eps]])(fn)``."""
+    return Branches(
+        model,
+        seeds,
+        coeffs,
+        params=params,
+        distribution=distribution,
+        scale=scale,
+        sequential=sequential,
+    )
+
+
+def dual_loss(
+    model: nn.Module | Binding,
+    batch: Any,
+    *,
+    seed: int | Tensor,
+    eps: float,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    params: Selection = None,
+    distribution: str = "gaussian",
+    sequential: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two losses of a two-point estimate, ``L(W + eps z)`` and ``L(W - eps z)``, in one pass.
+
+    The projected gradient of SPSA (Spall 1992; MeZO, Malladi et al. 2023, definition 1) is
+    ``(loss_plus - loss_minus) / (2 eps)``.
+
+    Args:
+        model: any module, or a :class:`~zokernels.Binding`.
+        batch: what ``loss_fn`` takes; without ``loss_fn`` a mapping for ``model(**batch)``, whose
+            ``.loss`` is taken (the ``labels=`` convention of transformers).
+        seed: the direction.
+        eps: step of the finite difference, > 0.
+        loss_fn: ``loss_fn(model, batch) ->`` scalar tensor.
+        params, distribution, sequential: see :class:`Branches`.
+
+    Returns:
+        ``(loss_plus, loss_minus)``, 0-d tensors.
+
+    Raises:
+        ValueError: ``eps`` is not positive and finite, or the loss is not a scalar.
+        TypeError: ``batch`` is not a mapping and there is no ``loss_fn``.
+    """
+    if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be a positive finite number; got {eps!r}")
+    seeds = [seed] if isinstance(seed, int) else seed.reshape(1)
+    both = Branches(
+        model,
+        seeds,
+        [[eps], [-eps]],
+        params=params,
+        distribution=distribution,
+        sequential=sequential,
+    )
+    losses = both(loss_of(both.binding.model, batch, loss_fn))
+    return losses[0], losses[1]
+
+
+def loss_of(
+    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+) -> Callable[[], Tensor]:
+    """The scalar loss of a batch, as a function without arguments.
+
+    Raises:
+        TypeError: without ``loss_fn``, ``batch`` is not a mapping. The returned function raises
+            ValueError when the loss is missing or not a scalar.
+    """
+    if loss_fn is None and not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch must be a mapping of the model's keyword arguments when there is no loss_fn; got "
+            f"{type(batch).__name__}"
+        )
+
+    def loss() -> Tensor:
+        if loss_fn is not None:
+            value = loss_fn(model, batch)
+        else:
+            value = getattr(model(**batch), "loss", None)
+            if value is None:
+                raise ValueError(
+                    "the model's output has no loss: put labels into the batch, or give a loss_fn"
+                )
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the loss must be a scalar tensor; got {type(value).__name__}")
+        if value.numel() != 1:
+            raise ValueError(
+                f"the loss must be a scalar; got shape {tuple(value.shape)}: reduce it (mean)"
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"the loss must be floating point; got {value.dtype}")
+        return value.reshape(())
+
+    return loss
+
+
+@contextlib.contextmanager
+def displaced(
+    model: nn.Module | Binding,
+    seeds: Any,
+    coeffs: Tensor | Sequence[float] | None = None,
+    *,
+    params: Selection = None,
+    distribution: str = "gaussian",
+    scale: Mapping[str, float] | None = None,
+) -> Iterator[nn.Module]:
+    """Any code inside sees ``W + sum_k coeffs[k] z(seeds[k])``; the weights are not touched.
+
+    Args:
+        model: any module, or a :class:`~zokernels.Binding`.
+        seeds: a :class:`~zokernels.Displacement` (which brings its distribution), or seeds.
+        coeffs: one number per seed; None with a displacement.
+        params, distribution, scale: see :class:`Branches`.
+
+    Yields:
+        The model. ``state_dict()`` inside gives the displaced weights.
+    """
+    if coeffs is None:
+        displacement = seeds
+        seeds, coeffs = displacement.seeds, displacement.coeffs
+        distribution = displacement.distribution
+    row = coeffs[None] if isinstance(coeffs, Tensor) else [list(coeffs)]
+    view = Branches(model, seeds, row, params=params, distribution=distribution, scale=scale)
+    with view.at(0):
+        yield view.binding.model
+
+
+def directions(
+    model: nn.Module | Binding,
+    *,
+    seed: int | Tensor,
+    params: Selection = None,
+    distribution: str = "gaussian",
+) -> dict[str, Tensor]:
+    """The direction of a seed, written out: ``{name: z}``, float32, shaped like the parameters.
+
+    For tests and teaching: it costs the memory of the parameters, which nothing else here does.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {list(DISTRIBUTIONS)}; got {distribution!r}")
+    z = {}
+    for p in bind(model, params).params:
+        key = _as_seeds([seed] if isinstance(seed, int) else seed.reshape(1))[0].to(p.device)
+        z[p.name] = torch.ops.zokernels.sample(*p.matrix, key, p.id, 0, 0, distribution).view(
+            p.shape
+        )
+    return z
+
+
+# --- pieces -----------------------------------------------------------------------------------------------
+
+
+def _as_seeds(seeds: Seeds) -> Tensor:
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 1:
+            raise TypeError(
+                f"seeds must be an int64 vector or a list of integers; got {seeds.dtype} of shape "
+                f"{tuple(seeds.shape)}"
+            )
+        return seeds
+    values = list(seeds)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"seeds must be integers; got {value!r}")
+    return torch.tensor([signed_seed(value) for value in values], dtype=torch.int64)
+
+
+def _as_coeffs(coeffs: Coeffs, terms: int) -> Tensor:
+    if isinstance(coeffs, Tensor):
+        table = coeffs.detach().to(torch.float32)
+    else:
+        try:
+            table = torch.tensor([list(row) for row in coeffs], dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"coeffs must be [branches, {terms}] numbers; got {coeffs!r}"
+            ) from error
+        if not torch.isfinite(table).all():
+            raise ValueError(f"coeffs must be finite; got {coeffs!r}")
+        if terms == 0:
+            table = table.reshape(len(coeffs), 0)
+    if table.dim() != 2 or table.shape[1] != terms or table.shape[0] == 0:
+        raise ValueError(
+            f"coeffs must have shape [branches, {terms}] (one column per seed); got shape "
+            f"{tuple(table.shape)}"
+        )
+    return table
+
+
+def _flatten(value: Any) -> tuple[list[Any], Any]:
+    leaves, spec = tree_flatten(value)
+    for leaf in leaves:
+        if not (leaf is None or isinstance(leaf, (Tensor, bool, int, float, str))):
+            raise TypeError(
+                f"the evaluated function must return tensors, alone or in tuples, lists, dicts or model "
+                f"outputs; got a {type(leaf).__name__}"
+            )
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError(f"the evaluated function must return a tensor; got {type(value).__name__}")
+    return leaves, spec
+
+
+def _plain(leaf: Any) -> Any:
+    """A result that is itself a lazy parameter, formed."""
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _difference(a: Any, b: Any, exact: bool = False) -> str | None:
+    """How two results differ beyond rounding, in words; None when they agree."""
+    for x, y in zip(tree_flatten(a)[0], tree_flatten(b)[0], strict=True):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            continue
+        if x.shape != y.shape:
+            return f"shapes {tuple(x.shape)} stacked and {tuple(y.shape)} one by one"
+        if exact:
+            if not torch.equal(x, y):
+                return "values differ"
+            continue
+        size = y[torch.isfinite(y)].abs().max().item() if torch.isfinite(y).any() else 0.0
+        gap = (x.double() - y.double()).abs()
+        gap = gap[~torch.isnan(gap)]  # NaN or infinity in either: compared below
+        if bool((torch.isfinite(x) != torch.isfinite(y)).any()):
+            return "finite in one evaluation and not in the other"
+        tolerance = _TOLERANCE.get(x.dtype, 5e-2)
+        if gap.numel() and gap.max().item() > tolerance * max(size, 1e-6):
+            return (
+                f"stacked and one-by-one results differ by {gap.max().item():.3g} of {size:.3g} (allowed: "
+                f"{tolerance:g} relative)"
+            )
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _swap_flat_weights(binding: Binding, swap: Mapping[int, Tensor]) -> None:
+    """Recurrent modules keep their parameters in a list of their own."""
+    for module in binding.recurrent:
+        flat = module._flat_weights
+        for i, weight in enumerate(flat):
+            if weight is not None and id(weight) in swap:
+                flat[i] = swap[id(weight)]
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Gives a function that rewinds torch's random state to where the block began."""
+    cpu = torch.get_rng_state()
+    accelerator = torch.get_device_module(device) if device.type != "cpu" else None
+    other = accelerator.get_rng_state(device) if accelerator is not None else None
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        if accelerator is not None and other is not None:
+            accelerator.set_rng_state(other, device)
+
+    yield rewind
+
+
+@contextlib.contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """The first use runs a model several times: running statistics end where they began."""
+    saved = [
+        (buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        if module.training
+        for buffer in module._buffers.values()
+        if buffer is not None and buffer.device.type != "meta"
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values, version in saved:
+                if buffer._version != version:
+                    buffer.copy_(values)
