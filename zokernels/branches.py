@@ -11,6 +11,7 @@ that says why. The weights themselves are never written.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import warnings
 import weakref
@@ -257,10 +258,11 @@ class Branches:
                 problem = _reason(error)
             used = set(memory.lazy.state.touched)
             formed = dict(memory.lazy.state.materialised)
+            low = memory.lazy.state.low_precision
             rewind()
             outputs = self._one_by_one(memory, fn)
             if problem is None:
-                problem = _difference(stacked, outputs)
+                problem = _difference(stacked, outputs, low_precision=low)
                 if problem is not None and self.sequential is False:
                     raise RuntimeError(f"stacked evaluation is not exact for this model: {problem}")
             else:
@@ -434,11 +436,15 @@ def loss_of(
             f"{type(batch).__name__}"
         )
 
+    keywords = dict(batch) if loss_fn is None else {}
+    if loss_fn is None and "use_cache" not in keywords and _takes_use_cache(model):
+        keywords["use_cache"] = False  # a loss needs no key-value cache; transformers keeps one
+
     def loss() -> Tensor:
         if loss_fn is not None:
             value = loss_fn(model, batch)
         else:
-            value = getattr(model(**batch), "loss", None)
+            value = getattr(model(**keywords), "loss", None)
             if value is None:
                 raise ValueError(
                     "the model's output has no loss: put labels into the batch, or give a loss_fn"
@@ -454,6 +460,12 @@ def loss_of(
         return value.reshape(())
 
     return loss
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether ``model.forward`` names a ``use_cache`` argument (peft models forward theirs)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "use_cache" in inspect.signature(inner.forward).parameters
 
 
 @contextlib.contextmanager
@@ -567,7 +579,7 @@ def _plain(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
-def _difference(a: Any, b: Any, exact: bool = False) -> str | None:
+def _difference(a: Any, b: Any, *, exact: bool = False, low_precision: bool = False) -> str | None:
     """How two results differ beyond rounding, in words; None when they agree."""
     for x, y in zip(tree_flatten(a)[0], tree_flatten(b)[0], strict=True):
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -583,7 +595,7 @@ def _difference(a: Any, b: Any, exact: bool = False) -> str | None:
         gap = gap[~torch.isnan(gap)]  # NaN or infinity in either: compared below
         if bool((torch.isfinite(x) != torch.isfinite(y)).any()):
             return "finite in one evaluation and not in the other"
-        tolerance = _TOLERANCE.get(x.dtype, 5e-2)
+        tolerance = _TOLERANCE[torch.bfloat16 if low_precision else x.dtype]
         if gap.numel() and gap.max().item() > tolerance * max(size, 1e-6):
             return (
                 f"stacked and one-by-one results differ by {gap.max().item():.3g} of {size:.3g} (allowed: "

@@ -47,6 +47,7 @@ class State:
         seeds: int64 ``[K]``; coeffs: float32 ``[G, K]``; None when no evaluation is active.
         touched: names of the parameters that were used.
         materialised: how often each parameter was formed whole, by name.
+        low_precision: autocast was on.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class State:
         self.distribution = "gaussian"
         self.touched: set[str] = set()
         self.materialised: Counter[str] = Counter()
+        self.low_precision = False
         self._terms: dict[tuple[torch.device, float], tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
 
@@ -72,6 +74,7 @@ class State:
         self.distribution = distribution
         self.touched = set()
         self.materialised = Counter()
+        self.low_precision = False
 
     def end(self) -> None:
         self.seeds = self.coeffs = self.level = None
@@ -214,14 +217,20 @@ class LazyParameter(Tensor):
                 "nearest",
                 dtype,
             )
-            if self.transposed:
-                return formed.transpose(1, 2)
-            return formed.view(coeffs.shape[0], *self.shape)
+            formed = formed.view(coeffs.shape[0], *self.stored_shape)
+            return formed.transpose(-1, -2) if self.transposed else formed
 
     def form(self, dtype: torch.dtype) -> Tensor:
         """The displaced tensor as the evaluated function sees it; counted."""
         self.state.materialised[self.parameter] += 1
         return self.state.lift(self.branches(dtype))
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape before the transposition."""
+        with DisableTorchFunctionSubclass():
+            shape = tuple(self.shape)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def small(self) -> bool:
         return self.matrix.numel() <= SMALL
@@ -367,9 +376,10 @@ def _cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _flip(lazy: LazyParameter) -> Any:
-    if lazy.dim() != 2:
-        return NotImplemented
-    source = lazy.matrix if lazy.transposed else lazy.matrix.t()
+    """The last two dimensions exchanged."""
+    source = lazy.matrix.view(lazy.stored_shape)
+    if not lazy.transposed:
+        source = source.transpose(-1, -2)
     return lazy.view_of("t", source, lazy.matrix, 0, True)
 
 
@@ -380,49 +390,65 @@ def _flip(lazy: LazyParameter) -> Any:
     Tensor.mT.__get__,  # type: ignore[attr-defined]
 )
 def _t(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _flip(args[0])
+    return _flip(args[0]) if args[0].dim() == 2 else NotImplemented
 
 
 @_handles(Tensor.transpose, torch.transpose, Tensor.permute, torch.permute)
 def _transpose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     lazy, dims = args[0], args[1:]
-    if kwargs or not isinstance(lazy, LazyParameter) or lazy.dim() != 2:
+    if kwargs or not isinstance(lazy, LazyParameter) or lazy.dim() < 2:
         return NotImplemented
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = tuple(dims[0])
-    if len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+    if not all(isinstance(d, int) for d in dims):
         return NotImplemented
-    order = [d % 2 for d in dims]
-    swaps = order[0] != order[1] if func in (Tensor.transpose, torch.transpose) else order == [1, 0]
-    return _flip(lazy) if swaps else lazy
+    rank = lazy.dim()
+    order = [d % rank for d in dims]
+    if func in (Tensor.permute, torch.permute):
+        swaps = order == [*range(rank - 2), rank - 1, rank - 2]
+    else:
+        swaps = sorted(order) == [rank - 2, rank - 1]
+    return _flip(lazy) if swaps else NotImplemented
 
 
 @_handles(Tensor.__getitem__)
 def _getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Leading index or slice of a contiguous parameter: a lazy view of its rows."""
     lazy, key = args
-    if not isinstance(lazy, LazyParameter) or lazy.transposed or lazy.dim() < 2:
+    if not isinstance(lazy, LazyParameter) or lazy.dim() < (3 if lazy.transposed else 2):
         return NotImplemented
-    shape = tuple(lazy.shape)
-    each = lazy.matrix.shape[0] // shape[0] if shape[0] else 0  # matrix rows per leading index
+    stored = lazy.stored_shape
+    each = lazy.matrix.shape[0] // stored[0] if stored[0] else 0  # matrix rows per leading index
+    if isinstance(key, Tensor) and key.dim() == 0 and lazy.state.lower(key)[1]:
+        if key.dtype not in (torch.int64, torch.int32):
+            return NotImplemented
+        key = int(key)
     if isinstance(key, slice) and key.step in (None, 1):
-        start, stop, _ = key.indices(shape[0])
+        start, stop, _ = key.indices(stored[0])
         count = max(stop - start, 0)
-        rest: tuple[int, ...] = (count, *shape[1:])
+        rest: tuple[int, ...] = (count, *stored[1:])
         identity: object = (start, stop)
     elif isinstance(key, int) and not isinstance(key, bool):
-        if not -shape[0] <= key < shape[0]:
-            return NotImplemented
-        start, count = key % shape[0], 1
-        rest, identity = shape[1:], start
+        if not -stored[0] <= key < stored[0]:
+            return NotImplemented  # let torch raise its own error
+        start, count = key % stored[0], 1
+        rest, identity = stored[1:], start
     else:
         return NotImplemented
     matrix = lazy.matrix[start * each : (start + count) * each]
-    return lazy.view_of(identity, matrix.view(rest), matrix, start * each, False)
+    source = matrix.view(rest)
+    if lazy.transposed:
+        source = source.transpose(-1, -2)
+    return lazy.view_of(identity, source, matrix, start * each, False)
 
 
-def _autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
+def _autocast(lazy: LazyParameter) -> torch.dtype | None:
+    """The dtype autocast computes in, if it is on."""
+    kind = lazy.matrix.device.type
+    if not torch.is_autocast_enabled(kind):
+        return None
+    lazy.state.low_precision = True
+    return torch.get_autocast_dtype(kind)
 
 
 def _vector(bias: Any, state: State) -> Any:
@@ -444,7 +470,14 @@ def _linear(x: Any, weight: LazyParameter, bias: Any, flip: bool) -> Any:
     """``x @ weight^T + bias`` (``x @ weight + bias`` with ``flip``) through the op."""
     if isinstance(x, LazyParameter) or weight.matrix.dim() != 2 or weight.dim() != 2:
         return NotImplemented
-    if x.dtype != weight.dtype or _autocast(weight.device) or x.device != weight.device:
+    if (low := _autocast(weight)) is not None and weight.dtype == torch.float32:
+        weight = weight.form(low)  # one rounding, and half the memory of float32
+        return (
+            torch.addmm(bias, x, weight)
+            if flip and bias is not None
+            else F.linear(x, weight.mT if flip else weight, bias)
+        )
+    if low is not None or x.dtype != weight.dtype or x.device != weight.device:
         return NotImplemented
     if x.dim() == 0 or x.shape[-1] != weight.shape[0 if flip else 1]:
         return NotImplemented  # let torch raise its own error
@@ -548,6 +581,40 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return call(*args, **kwargs)
 
 
+@_handles(F.grouped_mm, torch._grouped_mm)
+def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tokens sorted by expert, ``[S, in]``, times expert weights ``[E, in, out]``, one expert at a time."""
+
+    def call(
+        x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> Any:
+        if not isinstance(weight, LazyParameter) or isinstance(x, LazyParameter) or offs is None:
+            return NotImplemented
+        if weight.dim() != 3 or x.dim() != 2 or bias is not None or _autocast(weight) is not None:
+            return NotImplemented
+        if x.dtype != weight.dtype or out_dtype not in (None, x.dtype):
+            return NotImplemented
+        state = weight.state
+        experts, _, fan_out = weight.shape
+        with DisableTorchFunctionSubclass():
+            physical, x_shared = state.lower(x)
+            stops, stops_shared = state.lower(offs)
+            count = state.terms(weight.parameter, weight.matrix.device)[1].shape[0]
+            table = (stops[None].expand(count, -1) if stops_shared else stops).tolist()
+            y = physical.new_zeros((count, x.shape[0], fan_out))
+            for e in range(experts):
+                spans = [(row[e - 1] if e else 0, row[e]) for row in table]
+                if all(start == stop for start, stop in spans):
+                    continue
+                formed = _getitem(None, (weight, e), {}).branches(weight.dtype)  # [G, in, out]
+                for g, (start, stop) in enumerate(spans):
+                    rows = (physical if x_shared else physical[g])[start:stop]
+                    y[g, start:stop] = rows @ formed[g]
+            return state.lift(y)
+
+    return call(*args, **kwargs)
+
+
 def _norm(
     state: State, x: Tensor, weight: Any, bias: Any, run: Callable[[Tensor, Any, Any], Tensor]
 ) -> Tensor:
@@ -589,7 +656,7 @@ def _layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         cudnn_enable: bool = True,
     ) -> Any:
         lazy = next((p for p in (weight, bias) if isinstance(p, LazyParameter)), None)
-        if lazy is None or isinstance(input, LazyParameter) or _autocast(lazy.device):
+        if lazy is None or isinstance(input, LazyParameter) or _autocast(lazy):
             return NotImplemented
         return _norm(
             lazy.state,
@@ -607,7 +674,7 @@ def _rms_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def call(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
         if not isinstance(weight, LazyParameter) or isinstance(input, LazyParameter):
             return NotImplemented
-        if _autocast(weight.device):
+        if _autocast(weight):
             return NotImplemented
         if eps is None:
             eps = torch.finfo(input.dtype).eps
