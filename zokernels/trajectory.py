@@ -1,0 +1,829 @@
+"""The journal of a run: every update as seeds and scalars, and its exact replay.
+
+A :class:`Trajectory` holds, step by step, the terms of the fused updates a zeroth-order run made:
+seeds, coefficients and weight decay per parameter group, where the roundings were. With the weights
+the run started from it is a checkpoint of every step of the run in some dozens of bytes a step, and
+:meth:`Trajectory.replay_` rebuilds the weights bit for bit in one pass over them.
+
+File format (little-endian), the same for a finished file and for a journal that is being written::
+
+    magic      "ZOtr", uint16 format version, uint16 noise contract version
+    record     uint32 payload length, uint8 kind, payload, uint32 checksum
+    checksum   CRC-32 of the record's other bytes, started from the checksum before it
+               (for the first record: the CRC-32 of the 8 bytes of magic)
+    kind 1     header, once and first: JSON {distribution, rounding, metadata}
+    kind 2     layout, before the first step and when the parameter groups change:
+               JSON {groups: [[[name, id, shape, dtype], ...], ...]}
+    kind 3     step: uint64 step, uint32 K, uint16 groups G, uint16 flags (1: decay present),
+               int64 seeds[K], float32 coeffs[G, K], float32 decay[G, K], uint8 ends[K],
+               JSON metadata
+
+A record is one write, and the checksums are chained: a process that is killed leaves at most one
+incomplete record at the end, which a reader detects.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, overload
+
+import torch
+from torch import Tensor, nn
+
+from zokernels import _targets
+from zokernels._targets import NamedTensors, Target, fp32
+from zokernels.binding import Binding, BoundParameter, unwrap
+from zokernels.displacement import (
+    Displacement,
+    UnknownVersionError,
+    _native,
+    _pack,
+    check_distribution,
+    check_rounding,
+)
+from zokernels.noise import CONTRACT_VERSION, parameter_id, signed_seed
+
+_MAGIC = struct.Struct("<4sHH")
+_SIGNATURE = b"ZOtr"
+_FORMAT = 1
+_RECORD = struct.Struct("<IB")
+_CHECKSUM = struct.Struct("<I")
+_STEP = struct.Struct("<QIHH")
+_HEADER_RECORD, _LAYOUT_RECORD, _STEP_RECORD = 1, 2, 3
+_HAS_DECAY = 1
+
+
+class TrajectoryError(ValueError):
+    """A trajectory that cannot be read, written, or replayed on a model."""
+
+
+class ForeignFileError(TrajectoryError):
+    """The file is not a trajectory."""
+
+
+class TruncatedTrajectoryError(TrajectoryError):
+    """The file ends inside a record, as a killed process leaves it."""
+
+
+class CorruptTrajectoryError(TrajectoryError):
+    """A record's checksum or content is wrong."""
+
+
+class TrajectoryVersionError(TrajectoryError, UnknownVersionError):
+    """A format or noise contract version this package does not know."""
+
+
+class ModelMismatchError(TrajectoryError):
+    """The model does not have the parameters the run moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterRecord:
+    """What a trajectory knows about a parameter."""
+
+    name: str
+    id: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, parameter: BoundParameter) -> ParameterRecord:
+        """The record of a bound parameter."""
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return cls(parameter.name, parameter.id, tuple(parameter.shape), dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {self.shape} {self.dtype}"
+
+
+Layout = tuple[tuple[ParameterRecord, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The update of one step.
+
+    Attributes:
+        step: the optimizer's step counter.
+        seeds: K signed 64-bit seeds.
+        coeffs: ``[groups][K]`` float32 coefficients.
+        decay: ``[groups][K]`` float32 factors on the weight before each term; empty means 1.
+        ends: K flags: the weight is rounded to its dtype after this term.
+        meta: whatever was noted about the step.
+        layout: index of the trajectory's layout that says what the groups are.
+    """
+
+    step: int
+    seeds: tuple[int, ...]
+    coeffs: tuple[tuple[float, ...], ...]
+    decay: tuple[tuple[float, ...], ...] = ()
+    ends: tuple[bool, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    layout: int = 0
+
+    def terms(self, group: int) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+        """Coefficients and decay of a group."""
+        return self.coeffs[group], self.decay[group] if self.decay else None
+
+
+class Trajectory:
+    """The updates of a run, in memory or also in a journal file.
+
+    An optimizer fills it (``zo.MeZO(model, journal=trajectory)``); :meth:`begin` and :meth:`append`
+    are for other writers.
+
+    Args:
+        metadata: JSON-compatible facts about the run, such as the name of the base model.
+
+    Attributes:
+        distribution: of every direction; None until :meth:`begin`.
+        rounding: of every update; None until :meth:`begin`.
+        layouts: the parameter groups, one entry for each time they changed.
+        steps: the records.
+    """
+
+    def __init__(self, *, metadata: Mapping[str, Any] | None = None) -> None:
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        _json(self.metadata, "metadata")
+        self.contract_version = CONTRACT_VERSION
+        self.distribution: str | None = None
+        self.rounding: str | None = None
+        self.layouts: list[Layout] = []
+        self.steps: list[Step] = []
+        self.path: Path | None = None
+        self._file: BinaryIO | None = None
+        self._sync = False
+        # Where the file ends and the checksum there; and the same before each step's record.
+        self._tail = (0, 0)
+        self._marks: list[tuple[int, int]] = []
+
+    # --- reading and writing records --------------------------------------------------------------
+
+    def begin(
+        self,
+        groups: Sequence[Sequence[BoundParameter]],
+        *,
+        distribution: str,
+        rounding: str,
+    ) -> None:
+        """Say which parameters move, in which groups. Repeated calls add a layout when it changed.
+
+        Args:
+            groups: bound parameters by group.
+            distribution: ``"gaussian"`` or ``"rademacher"``.
+            rounding: ``"nearest"`` or ``"stochastic"``.
+
+        Raises:
+            TrajectoryError: the trajectory was begun with another distribution or rounding, or
+                knows one of the parameters with another shape or dtype.
+        """
+        check_distribution(distribution)
+        check_rounding(rounding)
+        layout: Layout = tuple(tuple(ParameterRecord.of(p) for p in group) for group in groups)
+        for label, had, now in (
+            ("distribution", self.distribution or distribution, distribution),
+            ("rounding", self.rounding or rounding, rounding),
+        ):
+            if had != now:
+                raise TrajectoryError(f"the trajectory has {label} {had!r}; got {now!r}")
+        self._check_layout(layout)
+        if self.distribution is None:
+            if self._file is not None:
+                self._start_file(self._header(distribution, rounding))
+            self.distribution, self.rounding = distribution, rounding
+        if not self.layouts or self.layouts[-1] != layout:
+            self._write(_LAYOUT_RECORD, _encode_layout(layout))
+            self.layouts.append(layout)
+
+    def append(
+        self,
+        step: int,
+        seeds: Sequence[int],
+        coeffs: Sequence[Sequence[float]],
+        *,
+        decay: Sequence[Sequence[float]] | None = None,
+        ends: Sequence[bool] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Step:
+        """Add the update of one step; in a journal it is on its way to disk when this returns.
+
+        Args:
+            step: the optimizer's step counter, larger than the last one.
+            seeds: K seeds.
+            coeffs: ``[groups][K]`` numbers, rounded to float32.
+            decay: ``[groups][K]`` numbers, or None for 1.
+            ends: K flags, or None for one rounding after the last term. The last must be True.
+            meta: JSON-compatible notes.
+
+        Raises:
+            TrajectoryError: before :meth:`begin`; a step not after the last; sizes that do not fit;
+                a number that is not finite. Nothing is added.
+            OSError: the file cannot be written. Nothing is added.
+        """
+        if not self.layouts:
+            raise TrajectoryError("call begin() before append(): the parameter groups are unknown")
+        count = len(seeds)
+        record = Step(
+            int(step),
+            tuple(signed_seed(int(s)) for s in seeds),
+            tuple(fp32(row) for row in coeffs),
+            _decay(decay),
+            tuple(bool(e) for e in ends) if ends is not None else _one_end(count),
+            dict(meta or {}),
+            len(self.layouts) - 1,
+        )
+        self._check_step(record)
+        mark = self._tail
+        self._write(_STEP_RECORD, _encode_step(record))
+        self._marks.append(mark)
+        self.steps.append(record)
+        return record
+
+    def undo(self) -> None:
+        """Take back the last record: its update was not made after all."""
+        if not self.steps:
+            raise TrajectoryError("there is no step to take back")
+        self.truncate(self.steps[-1].step)
+
+    def truncate(self, step: int) -> None:
+        """Drop every record from optimizer step ``step`` on, from the file too.
+
+        What a run that resumes from an older checkpoint does with the steps after it.
+
+        Args:
+            step: the first step to drop.
+        """
+        keep = sum(1 for s in self.steps if s.step < step)
+        if keep == len(self.steps):
+            return
+        if self._file is not None:
+            self._tail = self._marks[keep]
+            self._file.truncate(self._tail[0])
+            self._file.seek(self._tail[0])
+        # A step's layout was written right before it at the latest.
+        del self.layouts[self.steps[keep].layout + 1 :]
+        del self.steps[keep:]
+        del self._marks[keep:]
+
+    # --- the list of steps ------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> Trajectory: ...
+    def __getitem__(self, index: int | slice) -> Step | Trajectory:
+        """One step, or the trajectory of consecutive steps (in memory)."""
+        if not isinstance(index, slice):
+            return self.steps[index]
+        if index.step not in (None, 1):
+            raise ValueError(f"a trajectory's slice must have step 1; got {index.step}")
+        part = Trajectory(metadata=self.metadata)
+        part.distribution, part.rounding = self.distribution, self.rounding
+        part.steps = self.steps[index]
+        part._marks = [(0, 0)] * len(part.steps)
+        part.layouts = self.layouts[: part.steps[-1].layout + 1 if part.steps else 1]
+        return part
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Trajectory):
+            return NotImplemented
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("contract_version", "distribution", "rounding", "layouts", "steps")
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        terms = sum(len(s.seeds) for s in self.steps)
+        return (
+            f"Trajectory({len(self)} steps, {terms} terms, {len(self.fingerprint)} parameters, "
+            f"distribution={self.distribution!r}, rounding={self.rounding!r})"
+        )
+
+    @property
+    def fingerprint(self) -> tuple[ParameterRecord, ...]:
+        """Every parameter the run moved, in the order of first appearance."""
+        known: dict[str, ParameterRecord] = {}
+        for layout in self.layouts:
+            for group in layout:
+                for record in group:
+                    known.setdefault(record.name, record)
+        return tuple(known.values())
+
+    @property
+    def next_step(self) -> int:
+        """The step after the last recorded one; 0 when there is none."""
+        return self.steps[-1].step + 1 if self.steps else 0
+
+    # --- use --------------------------------------------------------------------------------------
+
+    def replay_(self, model: Target) -> None:
+        """Apply every update to the weights the run started from: one fused pass.
+
+        Each weight is loaded once, goes through every step's arithmetic and rounding, and is stored
+        once. The result equals the run's weights bit for bit, also in bfloat16 and float16, with
+        stochastic rounding, weight decay, momentum and several groups.
+
+        Args:
+            model: module, Binding, or mapping of names to tensors (a state dict). Parameters the
+                run did not move stay untouched.
+
+        Raises:
+            ModelMismatchError: a parameter of the run is missing or has another shape or dtype; the
+                message names the first. Nothing is changed.
+        """
+        bound = self._match(model)
+        # Parameters with the same groups in every layout have the same terms.
+        place: dict[str, list[int]] = {}
+        for i, layout in enumerate(self.layouts):
+            for g, group in enumerate(layout):
+                for record in group:
+                    place.setdefault(record.name, [-1] * len(self.layouts))[i] = g
+        alike: dict[tuple[int, ...], list[BoundParameter]] = {}
+        for p in bound:
+            alike.setdefault(tuple(place[p.name]), []).append(p)
+        for groups, members in alike.items():
+            seeds: list[int] = []
+            coeffs: list[float] = []
+            decay: list[float] = []
+            ends: list[bool] = []
+            for step in self.steps:
+                index = groups[step.layout]
+                if index < 0:
+                    continue
+                values, factors = step.terms(index)
+                if _targets.idle(values, factors):
+                    continue
+                seeds += step.seeds
+                coeffs += values
+                decay += factors or (1.0,) * len(values)
+                ends += step.ends
+            if seeds:
+                _targets.update_(
+                    members,
+                    seeds,
+                    coeffs,
+                    None if all(d == 1.0 for d in decay) else decay,
+                    ends,
+                    str(self.distribution),
+                    str(self.rounding),
+                )
+
+    def to_displacement(self, group: int | None = None) -> Displacement:
+        """The run as one displacement of the weights it started from.
+
+        Exact for float32 weights; for lower precision it leaves out the roundings between the steps
+        (:meth:`replay_` keeps them).
+
+        Args:
+            group: index of a parameter group; None when all groups have the same terms.
+
+        Raises:
+            TrajectoryError: the run has weight decay (then it is no displacement); ``group`` is
+                None and the groups differ, or it does not exist in every layout.
+        """
+        indices = {len(layout) for layout in self.layouts}
+        if group is not None and any(not 0 <= group < n for n in indices):
+            raise TrajectoryError(f"group must be in [0, {min(indices)}); got {group}")
+        seeds: list[int] = []
+        coeffs: list[float] = []
+        for step in self.steps:
+            if any(d != 1.0 for row in step.decay for d in row):
+                raise TrajectoryError(
+                    f"step {step.step} has weight decay, so the run is no displacement; use replay_"
+                )
+            if group is None and len(set(step.coeffs)) > 1:
+                raise TrajectoryError(
+                    f"the parameter groups differ at step {step.step}: ask for one with group="
+                )
+            seeds += step.seeds
+            coeffs += step.coeffs[group or 0] if step.coeffs else ()
+        return Displacement(seeds, coeffs, distribution=self.distribution or "gaussian")
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trajectory to a file; an existing one is replaced only by a complete new one.
+
+        Raises:
+            TrajectoryError: nothing was recorded yet (no :meth:`begin`).
+            OSError: the file cannot be written.
+        """
+        data = self._encode()
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, recover: bool = False) -> Trajectory:
+        """Read a saved trajectory or the journal of a run into memory; the file is not changed.
+
+        Args:
+            path: the file.
+            recover: keep the whole records before a truncated or damaged one (with a warning that
+                says how much is lost) where this would raise.
+
+        Raises:
+            ForeignFileError: the file is no trajectory.
+            TrajectoryVersionError: unknown format or contract version.
+            TruncatedTrajectoryError: the file ends inside a record.
+            CorruptTrajectoryError: a wrong checksum, or a record that makes no sense.
+            OSError: the file cannot be read.
+        """
+        trajectory = cls()
+        trajectory._read(Path(path), recover)
+        trajectory.path = Path(path)
+        return trajectory
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        recover: bool = False,
+        sync: bool = False,
+    ) -> Trajectory:
+        """A journal: a trajectory whose file grows with every step. Records in it are read first.
+
+        Each record is handed to the operating system before :meth:`append` returns, so a killed
+        process loses nothing it recorded.
+
+        Args:
+            path: the file; created when missing.
+            metadata: for a new file, see :class:`Trajectory`.
+            recover: cut a truncated or damaged end off the file (with a warning) where this would
+                raise.
+            sync: wait for the disk at every record, which survives a power failure too.
+
+        Raises:
+            As :meth:`load`.
+        """
+        trajectory = cls(metadata=metadata)
+        trajectory.path = Path(path)
+        trajectory._sync = sync
+        existing = trajectory.path.exists() and trajectory.path.stat().st_size > 0
+        if existing:
+            trajectory._read(trajectory.path, recover)
+        # Unbuffered: one record is one write.
+        mode = "r+b" if existing else "w+b"
+        trajectory._file = open(trajectory.path, mode, buffering=0)  # noqa: SIM115
+        if existing:
+            trajectory._file.truncate(trajectory._tail[0])
+            trajectory._file.seek(trajectory._tail[0])
+        return trajectory
+
+    def close(self) -> None:
+        """Close the journal's file; the trajectory stays usable in memory."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy lives in memory: two writers of one file would destroy it.
+        return {**self.__dict__, "_file": None}
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _match(self, model: Target) -> list[BoundParameter]:
+        """The model's parameters that the run moved, checked."""
+        wanted = self.fingerprint
+        held: dict[str, Tensor]
+        if isinstance(model, nn.Module):
+            names = {record.name for record in wanted}
+            held = {n: p for n, p in unwrap(model).named_parameters() if n in names}
+        elif isinstance(model, Mapping):
+            held = {record.name: model[record.name] for record in wanted if record.name in model}
+        elif isinstance(model, (Binding, NamedTensors)):
+            model.check()
+            held = {p.name: p.tensor for p in model.params}
+        else:
+            raise TypeError(
+                f"model must be a torch.nn.Module, a Binding or a mapping of names to tensors; got "
+                f"{type(model).__name__}"
+            )
+        for record in wanted:
+            if record.name not in held:
+                raise ModelMismatchError(f"the model has no parameter {record}")
+            tensor = held[record.name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if (tuple(tensor.shape), dtype) != (record.shape, record.dtype):
+                raise ModelMismatchError(
+                    f"the run moved {record}, but the model's is {tuple(tensor.shape)} {dtype}"
+                )
+        if not wanted:
+            return []
+        bound = NamedTensors((record.name, held[record.name]) for record in wanted)
+        if len(bound.params) != len(wanted):
+            kept = {p.name for p in bound.params}
+            twice = next(record for record in wanted if record.name not in kept)
+            raise ModelMismatchError(
+                f"the run moved {twice} on its own, but the model shares its memory with another "
+                f"parameter of the run"
+            )
+        return list(bound.params)
+
+    def _check_layout(self, layout: Layout) -> None:
+        known = {record.name: record for record in self.fingerprint}
+        seen: set[str] = set()
+        for group in layout:
+            for record in group:
+                if record.name in seen:
+                    raise TrajectoryError(f"parameter {record.name!r} stands in two groups")
+                seen.add(record.name)
+                if known.get(record.name, record) != record:
+                    raise ModelMismatchError(
+                        f"the trajectory knows {known[record.name]}; got {record}"
+                    )
+
+    def _check_step(self, record: Step) -> None:
+        count, groups = len(record.seeds), len(self.layouts[-1])
+        if not self.next_step <= record.step < 1 << 64:
+            raise TrajectoryError(
+                f"step must be at least {self.next_step}, the one after the last record; got "
+                f"{record.step} (truncate({record.step}) drops the records from there on)"
+            )
+        for label, rows in (("coeffs", record.coeffs), ("decay", record.decay)):
+            if (label == "coeffs" or rows) and [len(r) for r in rows] != [count] * groups:
+                raise TrajectoryError(
+                    f"{label} must be [{groups}][{count}] numbers; got rows of "
+                    f"{[len(r) for r in rows]}"
+                )
+            for row in rows:
+                for value in row:
+                    if not math.isfinite(value):
+                        raise TrajectoryError(f"{label} must be finite in float32; got {value!r}")
+        if len(record.ends) != count or (count and not record.ends[-1]):
+            raise TrajectoryError(
+                f"ends must be {count} flags, the last of them True; got {record.ends}"
+            )
+
+    def _start_file(self, header: bytes) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        magic = _MAGIC.pack(_SIGNATURE, _FORMAT, self.contract_version)
+        record, chain = _seal(_HEADER_RECORD, header, zlib.crc32(magic))
+        self._put(magic + record, 0)
+        self._tail = (len(magic) + len(record), chain)
+
+    def _header(self, distribution: str, rounding: str) -> bytes:
+        fields = {"distribution": distribution, "rounding": rounding, "metadata": self.metadata}
+        return _json(fields, "metadata")
+
+    def _write(self, kind: int, payload: bytes) -> None:
+        if self._file is not None:
+            offset, chain = self._tail
+            record, chain = _seal(kind, payload, chain)
+            self._put(record, offset)
+            self._tail = (offset + len(record), chain)
+
+    def _put(self, data: bytes, offset: int) -> None:
+        assert self._file is not None
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            if self._sync:
+                os.fsync(self._file.fileno())
+        except BaseException:
+            self._file.truncate(offset)
+            self._file.seek(offset)
+            raise
+
+    def _encode(self) -> bytes:
+        if self.distribution is None or self.rounding is None:
+            raise TrajectoryError("nothing was recorded yet: there is nothing to save")
+        magic = _MAGIC.pack(_SIGNATURE, _FORMAT, self.contract_version)
+        parts, chain, written = [magic], zlib.crc32(magic), 0
+
+        def add(kind: int, payload: bytes) -> None:
+            nonlocal chain
+            record, chain = _seal(kind, payload, chain)
+            parts.append(record)
+
+        add(_HEADER_RECORD, self._header(self.distribution, self.rounding))
+        for step in self.steps:
+            for layout in self.layouts[written : step.layout + 1]:
+                add(_LAYOUT_RECORD, _encode_layout(layout))
+            written = max(written, step.layout + 1)
+            add(_STEP_RECORD, _encode_step(step))
+        for layout in self.layouts[written:]:
+            add(_LAYOUT_RECORD, _encode_layout(layout))
+        return b"".join(parts)
+
+    def _read(self, path: Path, recover: bool) -> None:
+        data = memoryview(path.read_bytes())
+        try:
+            self._parse(data, path)
+        except (TruncatedTrajectoryError, CorruptTrajectoryError) as error:
+            if not recover:
+                raise
+            warnings.warn(
+                f"{error}; keeping {len(self)} whole steps and leaving out the last "
+                f"{len(data) - self._tail[0]} bytes",
+                stacklevel=3,
+            )
+
+    def _parse(self, data: memoryview, path: Path) -> None:
+        start = bytes(data[: _MAGIC.size])
+        if start[:4] != _SIGNATURE[: len(start)] or not start:
+            raise ForeignFileError(
+                f"{path} is no trajectory: it must start with {_SIGNATURE!r}; got {start[:4]!r}"
+            )
+        if len(start) < _MAGIC.size:
+            raise TruncatedTrajectoryError(f"{path} ends inside the magic, at byte {len(start)}")
+        _, form, version = _MAGIC.unpack(start)
+        if form != _FORMAT:
+            raise TrajectoryVersionError(f"{path}: format must be {_FORMAT}; got {form}")
+        if version != CONTRACT_VERSION:
+            raise TrajectoryVersionError(
+                f"{path}: noise contract version must be {CONTRACT_VERSION}; got {version}"
+            )
+        offset, chain, first = _MAGIC.size, zlib.crc32(start), True
+        while offset < len(data):
+            where = f"{path}, record at byte {offset}"
+            body = offset + _RECORD.size
+            if body > len(data):
+                raise TruncatedTrajectoryError(f"{where}: the file ends inside it")
+            length, kind = _RECORD.unpack_from(data, offset)
+            end = body + length + _CHECKSUM.size
+            if end > len(data):
+                raise TruncatedTrajectoryError(f"{where}: the file ends inside it")
+            mark = (offset, chain)
+            chain = zlib.crc32(data[offset : body + length], chain)
+            if _CHECKSUM.unpack_from(data, body + length) != (chain,):
+                raise CorruptTrajectoryError(f"{where}: wrong checksum")
+            if first != (kind == _HEADER_RECORD):
+                raise CorruptTrajectoryError(f"{where}: the header must be the first record")
+            try:
+                self._take(kind, data[body : body + length], mark)
+            except (CorruptTrajectoryError, TrajectoryVersionError):
+                raise
+            except (ValueError, TypeError, KeyError, struct.error) as error:
+                raise CorruptTrajectoryError(f"{where}: {error}") from error
+            first = False
+            self._tail = offset, chain = end, chain
+        if first:
+            raise TruncatedTrajectoryError(f"{path} ends before the header")
+
+    def _take(self, kind: int, payload: memoryview, mark: tuple[int, int]) -> None:
+        if kind == _HEADER_RECORD:
+            fields = _object(payload, {"distribution", "rounding", "metadata"})
+            if not isinstance(fields["metadata"], dict):
+                raise CorruptTrajectoryError("metadata must be an object")
+            self.distribution = check_distribution(fields["distribution"])
+            self.rounding = check_rounding(fields["rounding"])
+            self.metadata = fields["metadata"]
+        elif kind == _LAYOUT_RECORD:
+            layout = _decode_layout(payload)
+            self._check_layout(layout)
+            self.layouts.append(layout)
+        elif kind == _STEP_RECORD:
+            if not self.layouts:
+                raise CorruptTrajectoryError("a step before the first layout")
+            step = _decode_step(payload, len(self.layouts) - 1)
+            self._check_step(step)
+            self.steps.append(step)
+            self._marks.append(mark)
+        else:
+            raise CorruptTrajectoryError(f"unknown record kind {kind}")
+
+
+def _one_end(count: int) -> tuple[bool, ...]:
+    return tuple(k == count - 1 for k in range(count))
+
+
+def _decay(rows: Sequence[Sequence[float]] | None) -> tuple[tuple[float, ...], ...]:
+    """Rows in float32; nothing when all are 1."""
+    rounded = tuple(fp32(row) for row in rows or ())
+    return rounded if any(d != 1.0 for row in rounded for d in row) else ()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _json(value: object, label: str) -> bytes:
+    try:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except (TypeError, ValueError) as error:
+        raise TrajectoryError(f"{label} must be JSON-compatible: {error}") from error
+
+
+def _object(payload: bytes | memoryview, keys: set[str]) -> dict[str, Any]:
+    fields = json.loads(bytes(payload))
+    if not isinstance(fields, dict) or set(fields) != keys:
+        raise CorruptTrajectoryError(f"expected an object with the keys {sorted(keys)}")
+    return fields
+
+
+def _seal(kind: int, payload: bytes, chain: int) -> tuple[bytes, int]:
+    """A record and the checksum chain after it."""
+    record = _RECORD.pack(len(payload), kind) + payload
+    chain = zlib.crc32(record, chain)
+    return record + _CHECKSUM.pack(chain), chain
+
+
+def _encode_layout(layout: Layout) -> bytes:
+    groups = [[[r.name, r.id, list(r.shape), r.dtype] for r in group] for group in layout]
+    return _json({"groups": groups}, "layout")
+
+
+def _decode_layout(payload: memoryview) -> Layout:
+    groups = []
+    for group in _object(payload, {"groups"})["groups"]:
+        records = []
+        for name, number, shape, dtype in group:
+            if (
+                not isinstance(name, str)
+                or number != parameter_id(name)
+                or not all(isinstance(n, int) and n >= 0 for n in shape)
+                or not isinstance(getattr(torch, dtype, None), torch.dtype)
+            ):
+                raise CorruptTrajectoryError(f"bad parameter {[name, number, shape, dtype]}")
+            records.append(ParameterRecord(name, number, tuple(shape), dtype))
+        groups.append(tuple(records))
+    return tuple(groups)
+
+
+def _encode_step(step: Step) -> bytes:
+    return b"".join(
+        [
+            _STEP.pack(
+                step.step, len(step.seeds), len(step.coeffs), _HAS_DECAY if step.decay else 0
+            ),
+            _pack("q", step.seeds),
+            *(_pack("f", row) for row in step.coeffs),
+            *(_pack("f", row) for row in step.decay),
+            bytes(step.ends),
+            _json(dict(step.meta), "meta"),
+        ]
+    )
+
+
+def _decode_step(payload: memoryview, layout: int) -> Step:
+    number, count, groups, flags = _STEP.unpack_from(payload)
+    if flags & ~_HAS_DECAY:
+        raise CorruptTrajectoryError(f"unknown flags {flags:#x}")
+    tables = 2 if flags & _HAS_DECAY else 1
+    size = _STEP.size + 8 * count + 4 * tables * groups * count + count
+    if len(payload) < size:
+        raise CorruptTrajectoryError(f"{count} terms need {size} bytes; got {len(payload)}")
+    at = _STEP.size
+
+    def take(code: str, width: int) -> tuple[Any, ...]:
+        nonlocal at
+        part = payload[at : at + width * count]
+        at += width * count
+        return tuple(_native(code, part))
+
+    seeds = take("q", 8)
+    coeffs = tuple(take("f", 4) for _ in range(groups))
+    decay = tuple(take("f", 4) for _ in range(groups)) if tables == 2 else ()
+    ends = take("B", 1)
+    if any(e > 1 for e in ends):
+        raise CorruptTrajectoryError("ends must be 0 or 1")
+    meta = json.loads(bytes(payload[at:]))
+    if not isinstance(meta, dict):
+        raise CorruptTrajectoryError("a step's metadata must be an object")
+    return Step(number, seeds, coeffs, decay, tuple(map(bool, ends)), meta, layout)
