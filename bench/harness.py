@@ -148,6 +148,11 @@ def interleave(
     return Timings(seconds)
 
 
+def listed(text: str) -> list[str]:
+    """The entries of a comma separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def sync_for(device: str) -> Callable[[], object] | None:
     """What waits for a device's queued work."""
     return torch.cuda.synchronize if torch.device(device).type == "cuda" else None
