@@ -110,7 +110,11 @@ def kernel(backend: str, op: str) -> Kernel:
 def serving(op: str, device: str) -> str:
     """Name of the backend that serves an op on a device type."""
     for name, backend in backends().items():
-        if (_forced is None or name == _forced) and backend.serves(device) and op in backend.kernels:
+        if (
+            (_forced is None or name == _forced)
+            and backend.serves(device)
+            and op in backend.kernels
+        ):
             return name
     raise RuntimeError(
         f"backend {_forced!r} was asked for but does not serve {op!r} on {device!r}"
@@ -142,4 +146,3 @@ def device_types() -> list[str]:
     if torch.cuda.is_available():
         types.append("cuda")
     return types
-
