@@ -79,6 +79,19 @@ def peak_of(target: str, **kwargs: object) -> tuple[int, int]:
     raise RuntimeError(f"{target}({kwargs}) failed:\n{done.stderr[-2000:]}")
 
 
+def hold(mib: int, device: str = "cpu") -> Callable[[], object]:
+    """Work of a known size, to check the probe itself.
+
+    Raises:
+        ValueError: ``mib`` is not positive.
+    """
+    import torch
+
+    if mib <= 0:
+        raise ValueError(f"mib must be positive; got {mib}")
+    return lambda: torch.ones(mib << 18, dtype=torch.float32, device=device)
+
+
 def main() -> None:
     """Child side: ``python -m bench.peak module:function '{"json": "kwargs"}'``."""
     target, kwargs = sys.argv[1], json.loads(sys.argv[2])
