@@ -33,9 +33,10 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ class Trajectory:
         self.layouts: list[Layout] = []
         self.steps: list[Step] = []
         self.path: Path | None = None
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._sync = False
         # Where the file ends and the checksum there; and the same before each step's record.
         self._tail = (0, 0)
@@ -494,10 +495,11 @@ class Trajectory:
             trajectory._read(trajectory.path, recover)
         # Unbuffered: one record is one write.
         mode = "r+b" if existing else "w+b"
-        trajectory._file = open(trajectory.path, mode, buffering=0)  # noqa: SIM115
+        file = FileIO(trajectory.path, mode)
         if existing:
-            trajectory._file.truncate(trajectory._tail[0])
-            trajectory._file.seek(trajectory._tail[0])
+            file.truncate(trajectory._tail[0])
+            file.seek(trajectory._tail[0])
+        trajectory._file = file
         return trajectory
 
     def close(self) -> None:

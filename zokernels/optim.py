@@ -1,0 +1,869 @@
+"""MeZO as a ``torch.optim.Optimizer``: gradients from forward passes only, weights exact.
+
+The two probes of a step are branches of one stacked forward pass (:mod:`zokernels.branches`); the
+weights are written once a step, by one fused update that draws the direction again from its seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokernels import _targets
+from zokernels._targets import NamedTensors, fp32
+from zokernels.binding import Binding, BoundParameter, bind, unwrap
+from zokernels.branches import Branches
+from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
+from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
+from zokernels.trajectory import Trajectory, TrajectoryError
+
+ESTIMATORS = ("central", "forward")
+NONFINITE = ("skip", "raise")
+
+_STATE_KEY = "mezo"
+_STATE_FORMAT = 1
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss, or what follows from it, is NaN or infinite (``nonfinite="raise"``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the last step saw.
+
+    Attributes:
+        step: the step's number, from 0.
+        seeds: one seed per direction.
+        losses: of every branch: plus and minus of each direction (``"central"``), or the unmoved
+            weights and then each direction (``"forward"``).
+        projected_gradients: ``[groups][directions]``, before clipping.
+        skipped: whether the update was left out because something was not finite.
+    """
+
+    step: int
+    seeds: tuple[int, ...]
+    losses: tuple[float, ...]
+    projected_gradients: tuple[tuple[float, ...], ...]
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """A step in the momentum window."""
+
+    step: int
+    seeds: tuple[int, ...]
+    gradients: tuple[tuple[float, ...], ...]  # [groups][directions], clipped
+
+
+class MeZO(torch.optim.Optimizer):
+    r"""Zeroth-order SGD (MeZO): each step costs forward passes and one write of the weights.
+
+    With the direction ``z`` of a fresh seed, every step does::
+
+        g = (L(w + eps z) - L(w - eps z)) / (2 eps)          projected gradient, a number
+        w = round((1 - lr weight_decay) w - lr g z)
+
+    and with ``n = num_directions`` it takes the mean of ``g_i z_i`` (n-SPSA). The one-sided
+    ``estimator="forward"`` uses ``g_i = (L(w + eps z_i) - L(w)) / eps`` and costs ``n + 1`` losses
+    in place of ``2 n``. With ``momentum=mu`` the step is along ``v_t = sum_i mu**(t - i) g_i z_i``
+    over the last ``momentum_window`` steps: seeds and numbers, no buffer.
+
+    The probes are evaluated on weights that are never written, so they cost no accuracy at any
+    dtype. Directions depend on ``seed``, the number of the step and the parameters' names alone:
+    not on torch's random state, the order of the parameters, their device or dtype.
+
+    Losses come from the model as it is: call ``model.eval()`` to evaluate without dropout, as MeZO
+    does. In training mode both probes see the same dropout masks.
+
+    Args:
+        params: a module (its parameters with ``requires_grad``), a :class:`~zokernels.Binding`,
+            named parameters ``(name, parameter)``, or groups (dicts with ``"params"`` and own
+            ``lr``, ``eps``, ``weight_decay``, ``momentum``). Bare parameters need ``model``. Listed
+            parameters without ``requires_grad`` stay fixed until it is set.
+        lr: learning rate, >= 0.
+        eps: size of the probes, > 0.
+        weight_decay: decoupled weight decay, >= 0. The factor ``1 - lr * weight_decay`` is a
+            float32: it is 1 when ``lr * weight_decay`` is below 3e-8.
+        distribution: ``"gaussian"`` or ``"rademacher"``.
+        num_directions: directions a step, n.
+        estimator: ``"central"`` or ``"forward"``.
+        clip: limit of ``|g|``, or None.
+        momentum: decay ``mu`` of past steps, in [0, 1).
+        momentum_window: number of steps the momentum looks back; an update costs as many terms.
+        rounding: of updates in bfloat16 and float16: ``"stochastic"`` (an update of a hundredth of
+            an ulp still counts on average) or ``"nearest"`` (it is lost).
+        nonfinite: what to do when a loss or an update is NaN or infinite: ``"skip"`` leaves the
+            weights alone, counts it in :attr:`skipped` and warns once; ``"raise"``.
+        seed: root of all directions, 64 bits.
+        model: the module that holds ``params``, where those are bare or only named.
+        journal: a :class:`~zokernels.Trajectory` that records every update.
+        sequential: how batches are evaluated, see :class:`~zokernels.Branches`.
+        max_branches: most branches in one stacked evaluation, to bound its memory; None: all.
+
+    Raises:
+        ValueError: an argument out of range, no trainable parameter, parameters without names.
+        TypeError: an argument of the wrong type, a parameter of another dtype than float32,
+            bfloat16 and float16.
+
+    Source: Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", Algorithm 1
+    (n-SPSA: Algorithm 2); Spall 1992.
+    """
+
+    seed: int
+    distribution: str
+    rounding: str
+    estimator: str
+    nonfinite: str
+    num_directions: int
+    momentum_window: int
+    clip: float | None
+    max_branches: int | None
+    sequential: bool | None
+    _model: nn.Module | None
+    _bound: Binding | NamedTensors | None
+    _groups: list[list[BoundParameter]]
+    _announced: list[list[BoundParameter]]  # the groups the journal knows
+    _flags: tuple[tuple[bool, ...], ...]  # requires_grad when the parameters were bound
+    _step: int
+    _skipped: int
+    _warned: bool
+    _window: tuple[_Past, ...]
+    _last: StepResult | None
+    _incoming: dict[str, Any] | None
+    _journal: Trajectory | None
+
+    def __init__(
+        self,
+        params: nn.Module | Binding | Iterable[Any],
+        lr: float | Tensor = 1e-6,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        distribution: str = "gaussian",
+        num_directions: int = 1,
+        estimator: str = "central",
+        clip: float | None = None,
+        momentum: float = 0.0,
+        momentum_window: int = 16,
+        rounding: str = "stochastic",
+        nonfinite: str = "skip",
+        seed: int = 0,
+        model: nn.Module | None = None,
+        journal: Trajectory | None = None,
+        sequential: bool | None = None,
+        max_branches: int | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        _check_group(defaults)
+        self.distribution = check_distribution(distribution)
+        self.rounding = check_rounding(rounding)
+        self.estimator = _choice("estimator", estimator, ESTIMATORS)
+        self.nonfinite = _choice("nonfinite", nonfinite, NONFINITE)
+        self.num_directions = _count("num_directions", num_directions)
+        self.momentum_window = _count("momentum_window", momentum_window)
+        self.max_branches = None if max_branches is None else _count("max_branches", max_branches)
+        self.clip = None if clip is None else _positive("clip", clip)
+        if sequential is not None and not isinstance(sequential, bool):
+            raise TypeError(f"sequential must be True, False or None; got {sequential!r}")
+        self.sequential = sequential
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+            raise TypeError(f"seed must be an integer; got {seed!r}")
+        self.seed = signed_seed(int(seed))
+        if journal is not None and not isinstance(journal, Trajectory):
+            raise TypeError(f"journal must be a Trajectory or None; got {type(journal).__name__}")
+
+        self._model, groups = _sources(params, model)
+        self._bound = None
+        self._groups, self._announced, self._flags = [], [], ()
+        self._step, self._skipped, self._warned = 0, 0, False
+        self._window, self._last = (), None
+        self._incoming, self._journal = None, None
+        super().__init__(groups, defaults)
+        self._bind()
+        self.journal = journal
+
+    # --- what a run looks like --------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made so far, skipped ones included: the number of the next step."""
+        return self._step
+
+    @property
+    def skipped(self) -> int:
+        """Steps without an update because something was not finite."""
+        return self._skipped
+
+    @property
+    def last(self) -> StepResult | None:
+        """Losses, seeds and projected gradients of the last step; None before the first."""
+        return self._last
+
+    @property
+    def projected_gradients(self) -> tuple[tuple[float, ...], ...]:
+        """``[groups][directions]`` of the last step, before clipping; empty before the first."""
+        return self._last.projected_gradients if self._last is not None else ()
+
+    @property
+    def journal(self) -> Trajectory | None:
+        """The trajectory that records the updates."""
+        return self._journal
+
+    @journal.setter
+    def journal(self, journal: Trajectory | None) -> None:
+        if journal is not None:
+            journal.begin(self._groups, distribution=self.distribution, rounding=self.rounding)
+        self._journal = journal
+        self._announced = self._groups
+
+    # --- parameter groups -------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in ``torch.optim``: parameters with names, or held by the model.
+
+        Raises:
+            TypeError, ValueError: as the constructor. Nothing is changed.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict; got {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise ValueError("a parameter group must have the key 'params'")
+        group = {**param_group, "params": _named(param_group["params"], self._model)}
+        group.pop("param_names", None)
+        _check_group({**self.defaults, **group})
+        super().add_param_group(group)
+        if self._bound is not None:  # else the constructor binds all groups at once
+            try:
+                self._bind()
+            except BaseException:
+                self.param_groups.pop()
+                self._bind()
+                raise
+
+    def _bind(self) -> None:
+        """Bind the parameters that require a gradient now."""
+        flags = self._requires_grad()
+        names = [
+            [n for n, moves in zip(group["param_names"], row, strict=True) if moves]
+            for group, row in zip(self.param_groups, flags, strict=True)
+        ]
+        listed = [n for row in names for n in row]
+        if not listed:
+            raise ValueError(
+                "no parameter requires a gradient: MeZO moves those with requires_grad=True"
+            )
+        bound: Binding | NamedTensors
+        if self._model is None:
+            bound = NamedTensors(
+                (name, p)
+                for group, row in zip(self.param_groups, flags, strict=True)
+                for name, p, moves in zip(group["param_names"], group["params"], row, strict=True)
+                if moves
+            )
+        else:
+            trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
+            whole = trainable == set(listed)
+            # The default binding of a model is shared with zo.branches and zo.dual_loss.
+            bound = bind(self._model) if whole else Binding(self._model, listed)
+        groups = [[bound.by_name[n] for n in row if n in bound.by_name] for row in names]
+        self._bound, self._groups, self._flags = bound, groups, flags
+
+    def _requires_grad(self) -> tuple[tuple[bool, ...], ...]:
+        return tuple(tuple(p.requires_grad for p in g["params"]) for g in self.param_groups)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        batch: Any = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        closure: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """One step.
+
+        ``step(batch)`` evaluates ``model(**batch).loss`` (a dict with labels) and
+        ``step(batch, loss_fn)`` evaluates ``loss_fn(model, batch)``, all branches in one stacked
+        pass. ``step(closure)`` calls a function without arguments once per branch: any code that
+        uses the model and returns the loss (no ``backward()``).
+
+        Gradient accumulation: ``step([batch1, batch2, ...])`` takes the mean of the micro-batches'
+        losses at the same directions. A list of tensors alone is one batch (it is what a DataLoader
+        over a TensorDataset gives).
+
+        Args:
+            batch: a batch, a list of micro-batches, or the closure.
+            loss_fn: ``loss_fn(model, batch) ->`` scalar tensor.
+            closure: the closure, by name.
+
+        Returns:
+            Mean loss over the evaluated branches, float32, 0-d.
+
+        Raises:
+            TypeError, ValueError: a bad argument, hyperparameter or loss.
+            NonFiniteLossError: with ``nonfinite="raise"``.
+            ModelChangedError: the model's parameters are not those that were given.
+            TrajectoryError: the journal already has this step.
+            Whatever the model or the closure raises. After an error the weights, the step counter
+            and the journal are what they were before.
+        """
+        for group in self.param_groups:
+            _check_group(group)
+        functions, sequential = self._functions(batch, loss_fn, closure)
+        if self._requires_grad() != self._flags:
+            self._bind()
+        journal = self._journal
+        if journal is not None and journal.next_step > self._step:
+            raise TrajectoryError(
+                f"the journal already has steps up to {journal.next_step - 1}, and this is step "
+                f"{self._step}: journal.truncate({self._step}) drops those from here on"
+            )
+
+        seeds = tuple(
+            derive_seed(self.seed, self._step, direction)
+            for direction in range(self.num_directions)
+        )
+        losses = self._reduce_losses(self._evaluate(functions, seeds, sequential))
+        values = tuple(losses.tolist())
+        gradients = self._project(values)
+        past = _Past(self._step, seeds, tuple(tuple(map(self._clipped, row)) for row in gradients))
+        finite = all(map(math.isfinite, values)) and all(
+            math.isfinite(g) for row in gradients for g in row
+        )
+        terms, coeffs, decay = self._terms(past) if finite else ((), (), ())
+        finite = finite and all(math.isfinite(c) for row in coeffs for c in row)
+        if not finite:
+            message = (
+                f"step {self._step}: losses {list(values)}, projected gradients "
+                f"{[list(row) for row in gradients]}: not finite, or the update is beyond float32"
+            )
+            if self.nonfinite == "raise":
+                raise NonFiniteLossError(message)
+            if not self._warned:
+                # Past torch's two wrappers of step, to the caller.
+                warnings.warn(f"{message}; such steps are skipped", stacklevel=4)
+                self._warned = True
+            terms, coeffs, decay = (), ((),) * len(self.param_groups), ()
+
+        self._update(terms, coeffs, decay, values)
+        if finite:
+            keeps = any(group["momentum"] for group in self.param_groups)
+            self._window = self._recent(past) if keeps else ()
+        else:
+            self._skipped += 1
+        self._last = StepResult(self._step, seeds, values, gradients, not finite)
+        self._step += 1
+        return losses.mean()
+
+    def _functions(
+        self, batch: Any, loss_fn: Any, closure: Any
+    ) -> tuple[list[Callable[[], Tensor]], bool | None]:
+        """The losses of the micro-batches as functions, and how to evaluate them."""
+        if closure is None and loss_fn is None and callable(batch):
+            batch, closure = None, batch
+        if closure is not None:
+            if batch is not None or loss_fn is not None:
+                raise TypeError("step takes a closure, or a batch and loss_fn, not both")
+            if not callable(closure):
+                raise TypeError(f"closure must be callable; got {type(closure).__name__}")
+            return [lambda: _scalar(closure(), "the closure")], True
+        if batch is None:
+            raise TypeError(
+                "step needs a closure that returns the loss, or a batch: opt.step(lambda: "
+                "model(**batch).loss), opt.step(batch) or opt.step(batch, loss_fn)"
+            )
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
+        if self._model is None:
+            raise TypeError(
+                "step(batch) needs the model: give it to the optimizer, zo.MeZO(model) or "
+                "zo.MeZO(params, model=model), or use a closure"
+            )
+        parts = [batch]
+        if isinstance(batch, list) and not (batch and all(isinstance(b, Tensor) for b in batch)):
+            parts = batch
+            if not parts:
+                raise ValueError("step got an empty list of micro-batches")
+        model = self._model
+
+        def function(part: Any) -> Callable[[], Tensor]:
+            if loss_fn is not None:
+                return lambda: _scalar(loss_fn(model, part), "loss_fn")
+            if not isinstance(part, Mapping):
+                raise TypeError(
+                    f"without loss_fn a batch must be a mapping of the model's keyword arguments; "
+                    f"got {type(part).__name__}"
+                )
+            return lambda: _model_loss(model, part)
+
+        return [function(part) for part in parts], self.sequential
+
+    def _evaluate(
+        self,
+        functions: Sequence[Callable[[], Tensor]],
+        seeds: tuple[int, ...],
+        sequential: bool | None,
+    ) -> Tensor:
+        """Losses of all branches, meaned over the functions: float32 ``[G]``."""
+        sizes = {p.name: float(g["eps"]) for p, g in self._members()}
+        common = len(set(sizes.values())) == 1
+        eps = next(iter(sizes.values())) if common else 1.0
+        scale = {} if common else sizes
+        count = len(seeds)
+        if self.estimator == "central":
+            rows = [
+                [sign * eps if k == i else 0.0 for k in range(count)]
+                for i in range(count)
+                for sign in (1.0, -1.0)
+            ]
+        else:
+            rows = [[0.0] * count]
+            rows += [[eps if k == i else 0.0 for k in range(count)] for i in range(count)]
+        width = self.max_branches or len(rows)
+        parts = []
+        for start in range(0, len(rows), width):
+            part = rows[start : start + width]
+            # Only the directions of these branches are drawn.
+            used = [k for k in range(count) if any(row[k] for row in part)] or [0]
+            keys = [seeds[k] for k in used]
+            table = [[row[k] for k in used] for row in part]
+            total: Tensor | None = None
+            for function in functions:
+                losses = self._losses(function, keys, table, scale, sequential).float()
+                total = losses if total is None else total + losses
+            assert total is not None
+            parts.append(total / len(functions) if len(functions) > 1 else total)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _losses(
+        self,
+        function: Callable[[], Tensor],
+        seeds: list[int],
+        coeffs: list[list[float]],
+        scale: Mapping[str, float],
+        sequential: bool | None,
+    ) -> Tensor:
+        bound = self._bound
+        if isinstance(bound, Binding):
+            view = Branches(
+                bound,
+                seeds,
+                coeffs,
+                distribution=self.distribution,
+                scale=scale,
+                sequential=sequential,
+            )
+            losses: Tensor = view(function)
+            return losses
+        assert bound is not None
+        bound.check()
+        rewind = _random_state(bound)
+        outputs = []
+        for row in coeffs:
+            rewind()
+            with _displaced_storage(bound, seeds, row, scale, self.distribution):
+                outputs.append(function())
+        return torch.stack(outputs)
+
+    def _reduce_losses(self, losses: Tensor) -> Tensor:
+        """Hook for data parallelism: make the branches' losses (``[G]``) equal on all workers."""
+        return losses
+
+    def _members(self) -> Iterator[tuple[BoundParameter, dict[str, Any]]]:
+        for members, group in zip(self._groups, self.param_groups, strict=True):
+            for p in members:
+                yield p, group
+
+    def _project(self, losses: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+        """Projected gradients ``[groups][directions]``."""
+        if self.estimator == "central":
+            differences = [(p - m) / 2 for p, m in zip(losses[::2], losses[1::2], strict=True)]
+        else:
+            differences = [moved - losses[0] for moved in losses[1:]]
+        return tuple(tuple(d / float(g["eps"]) for d in differences) for g in self.param_groups)
+
+    def _clipped(self, gradient: float) -> float:
+        return gradient if self.clip is None else max(-self.clip, min(self.clip, gradient))
+
+    def _recent(self, now: _Past) -> tuple[_Past, ...]:
+        """The momentum window with ``now`` in it, oldest first."""
+        first = now.step - self.momentum_window + 1
+        return (*(past for past in self._window if past.step >= first), now)
+
+    def _terms(
+        self, now: _Past
+    ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
+        """Seeds ``[K]``, coefficients and decay ``[groups][K]`` of the update.
+
+        The newest direction comes last: its seed, fresh in every step, keys the rounding.
+        """
+        keeps = any(group["momentum"] for group in self.param_groups)
+        window = self._recent(now) if keeps else (now,)
+        coeffs, decay = [], []
+        for index, group in enumerate(self.param_groups):
+            lr, mu = float(group["lr"]), float(group["momentum"])
+            row: list[float] = []
+            for past in window:
+                # A group added later has no part in earlier steps.
+                known = index < len(past.gradients)
+                gradients = past.gradients[index] if known else (0.0,) * len(past.seeds)
+                weight = -lr * mu ** (now.step - past.step) / len(past.seeds)
+                row += (weight * g for g in gradients)
+            coeffs.append(fp32(row))
+            decay.append(fp32([1.0 - lr * float(group["weight_decay"]), *[1.0] * (len(row) - 1)]))
+        return tuple(s for past in window for s in past.seeds), tuple(coeffs), tuple(decay)
+
+    def _update(
+        self,
+        seeds: tuple[int, ...],
+        coeffs: tuple[tuple[float, ...], ...],
+        decay: tuple[tuple[float, ...], ...],
+        losses: tuple[float, ...],
+    ) -> None:
+        """Journal the update, then make it."""
+        journal = self._journal
+        if journal is not None:
+            if self._announced is not self._groups:
+                self.journal = journal
+            journal.append(self._step, seeds, coeffs, decay=decay, meta=_meta(losses))
+        ends = [k == len(seeds) - 1 for k in range(len(seeds))]
+        try:
+            for index, members in enumerate(self._groups):
+                factors = decay[index] if decay and any(d != 1.0 for d in decay[index]) else None
+                if members and not _targets.idle(coeffs[index], factors):
+                    _targets.update_(
+                        members,
+                        seeds,
+                        coeffs[index],
+                        factors,
+                        ends,
+                        self.distribution,
+                        self.rounding,
+                    )
+        except BaseException:
+            if journal is not None:
+                journal.undo()
+            raise
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state as plain numbers, strings, lists and dicts.
+
+        Besides torch's ``state`` (empty) and ``param_groups`` it has ``mezo``: the step counter,
+        the root seed, the options and the momentum window, everything a run needs to go on bit for
+        bit.
+        """
+        handle = self.register_state_dict_post_hook(_add_state, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, the options of the run included.
+
+        Raises:
+            ValueError: not the state of a MeZO optimizer, or of one with other parameters; the
+                message names the first. Nothing is changed.
+            UnknownVersionError: a format or noise contract version this package does not know.
+        """
+        handle = self.register_load_state_dict_pre_hook(_accept_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._incoming = None
+            handle.remove()
+        if self._journal is not None:
+            self.journal = self._journal
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The binding is made again: it belongs to this model object.
+        return super().__getstate__() | {name: self.__dict__[name] for name in _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickling and copying, and the last act of torch's ``load_state_dict``."""
+        super().__setstate__(state)
+        for name, value in (self.__dict__.get("_incoming") or {}).items():
+            setattr(self, name, value)
+        self._incoming = None
+        if "_model" in state:
+            self._bind()
+            self._announced = []
+
+
+_OPTIONS = (
+    "seed",
+    "distribution",
+    "rounding",
+    "estimator",
+    "num_directions",
+    "clip",
+    "nonfinite",
+    "momentum_window",
+)
+_COUNTERS = ("_step", "_skipped", "_window")
+_KEPT = (
+    *_OPTIONS,
+    *_COUNTERS,
+    "sequential",
+    "max_branches",
+    "_model",
+    "_journal",
+    "_warned",
+    "_last",
+)
+
+
+def _add_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, MeZO)
+    state_dict[_STATE_KEY] = {
+        "format": _STATE_FORMAT,
+        "contract_version": CONTRACT_VERSION,
+        "step": optimizer._step,
+        "skipped": optimizer._skipped,
+        **{name: getattr(optimizer, name) for name in _OPTIONS},
+        "window": [
+            {
+                "step": past.step,
+                "seeds": list(past.seeds),
+                "gradients": [list(row) for row in past.gradients],
+            }
+            for past in optimizer._window
+        ],
+    }
+
+
+def _accept_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Check a state dict before torch takes it, and keep what torch does not know."""
+    assert isinstance(optimizer, MeZO)
+    if _STATE_KEY not in state_dict:
+        raise ValueError(f"the state dict has no {_STATE_KEY!r}: it is of another optimizer")
+    saved = state_dict[_STATE_KEY]
+    try:
+        for label, known in (("format", _STATE_FORMAT), ("contract_version", CONTRACT_VERSION)):
+            if saved[label] != known:
+                raise UnknownVersionError(f"{label} must be {known}; got {saved[label]!r}")
+        clip = saved["clip"]
+        incoming: dict[str, Any] = {
+            "seed": signed_seed(int(saved["seed"])),
+            "distribution": check_distribution(saved["distribution"]),
+            "rounding": check_rounding(saved["rounding"]),
+            "estimator": _choice("estimator", saved["estimator"], ESTIMATORS),
+            "num_directions": _count("num_directions", saved["num_directions"]),
+            "clip": None if clip is None else _positive("clip", clip),
+            "nonfinite": _choice("nonfinite", saved["nonfinite"], NONFINITE),
+            "momentum_window": _count("momentum_window", saved["momentum_window"]),
+            "_step": int(saved["step"]),
+            "_skipped": int(saved["skipped"]),
+            "_window": tuple(
+                _Past(
+                    int(past["step"]),
+                    tuple(signed_seed(int(s)) for s in past["seeds"]),
+                    tuple(tuple(map(float, row)) for row in past["gradients"]),
+                )
+                for past in saved["window"]
+            ),
+        }
+        groups = state_dict["param_groups"]
+        for group in groups:
+            _check_group(group)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the state dict is damaged: {error!r}") from error
+    for i, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
+        names = theirs.get("param_names", ours["param_names"])
+        for mine, name in zip(ours["param_names"], names, strict=False):
+            if mine != name:
+                raise ValueError(
+                    f"the state dict is of another model: group {i} has {name!r} where this "
+                    f"optimizer has {mine!r}"
+                )
+    optimizer._incoming = incoming
+
+
+def _sources(
+    params: nn.Module | Binding | Iterable[Any], model: nn.Module | None
+) -> tuple[nn.Module | None, list[dict[str, Any]]]:
+    """The model, if known, and parameter groups of (name, parameter) pairs."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None; got {type(model).__name__}")
+    whole = params.model if isinstance(params, Binding) else params
+    if isinstance(whole, nn.Module):
+        whole = unwrap(whole)
+        if model is not None and unwrap(model) is not whole:
+            raise ValueError("model must be None, or the module given as params")
+        if isinstance(params, Binding):
+            params.check()
+            named: list[tuple[str, Tensor]] = [(p.name, p.tensor) for p in params.params]
+        else:
+            named = [(n, p) for n, p in whole.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("the model has no trainable parameter (requires_grad)")
+        return whole, [{"params": named}]
+    holder = None if model is None else unwrap(model)
+    if isinstance(params, (Tensor, Mapping, str)) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params must be a module, a Binding, named parameters or parameter groups; got "
+            f"{type(params).__name__}"
+        )
+    entries = list(params)
+    if not entries:
+        raise ValueError("optimizer got an empty parameter list")
+    groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
+    listed: list[dict[str, Any]] = []
+    for group in groups:
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError("every parameter group must be a dict with the key 'params'")
+        listed.append({**group, "params": _named(group["params"], holder)})
+    return holder, listed
+
+
+def _named(params: Any, model: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """Parameters as (qualified name, tensor), each tensor once."""
+    if isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, set):
+        raise TypeError("parameters must be in an ordered collection such as a list; got a set")
+    names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+    named: dict[int, tuple[str, Tensor]] = {}
+    for entry in params:
+        name, tensor = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
+        if not isinstance(tensor, Tensor) or not isinstance(name, (str, type(None))):
+            raise TypeError(
+                f"parameters must be tensors or (name, tensor) pairs; got {type(entry).__name__}"
+            )
+        if model is not None:
+            if id(tensor) not in names:
+                label = f"parameter {name!r}" if name else f"a parameter {tuple(tensor.shape)}"
+                raise ValueError(f"{label} does not belong to the model")
+            name = names[id(tensor)]
+        if name is None:
+            raise ValueError(
+                "MeZO needs the parameters' names, because the noise of a parameter is keyed by "
+                "its name: pass the model (zo.MeZO(model)), model.named_parameters(), or the bare "
+                "parameters together with model=model"
+            )
+        named.setdefault(id(tensor), (name, tensor))
+    return list(named.values())
+
+
+def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            "the model's output has no loss: put labels into the batch, or give a loss_fn"
+        )
+    return _scalar(loss, "the model's loss")
+
+
+def _scalar(value: Any, source: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{source} must return a tensor, the loss; got {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(
+            f"{source} must be a scalar; got shape {tuple(value.shape)}: reduce it, with mean() say"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{source} must be floating point; got {value.dtype}")
+    return value.reshape(())
+
+
+def _random_state(bound: NamedTensors) -> Callable[[], None]:
+    """A function that sets torch's random state to what it is now."""
+    cpu = torch.get_rng_state()
+    devices = {p.device for p in bound.params if p.device.type == "cuda"}
+    accelerators = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in accelerators.items():
+            torch.cuda.set_rng_state(state, device)
+
+    return rewind
+
+
+@contextlib.contextmanager
+def _displaced_storage(
+    bound: NamedTensors,
+    seeds: Sequence[int],
+    coeffs: Sequence[float],
+    scale: Mapping[str, float],
+    distribution: str,
+) -> Iterator[None]:
+    """Parameters of no known module get displaced storage for a while, at the memory of a copy."""
+    kept = [p.tensor.data for p in bound.params]
+    try:
+        for p, data in zip(bound.params, kept, strict=True):
+            factor = scale.get(p.name, 1.0)
+            p.tensor.data = torch.ops.zokernels.displace(
+                data.reshape(p.matrix),
+                torch.tensor(seeds, dtype=torch.int64, device=p.device),
+                torch.tensor([[c * factor for c in coeffs]], device=p.device),
+                p.id,
+                0,
+                0,
+                distribution,
+                "nearest",
+                None,
+            ).view(p.shape)
+        yield
+    finally:
+        for p, data in zip(bound.params, kept, strict=True):
+            p.tensor.data = data
+
+
+def _meta(losses: Sequence[float]) -> dict[str, Any]:
+    loss = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else None
+    return {"loss": loss}
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    return float(value)
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    for name in ("lr", "weight_decay"):
+        value = _number(name, group[name])
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and >= 0; got {value}")
+    _positive("eps", group["eps"])
+    momentum = _number("momentum", group["momentum"])
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1); got {momentum}")
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not (math.isfinite(fp32([number])[0]) and fp32([number])[0] > 0):
+        raise ValueError(f"{name} must be > 0 and finite in float32; got {number}")
+    return number
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    return int(value)
+
+
+def _choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}; got {value!r}")
+    return str(value)
