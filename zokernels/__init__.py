@@ -16,6 +16,7 @@ from zokernels.branches import (
     displaced,
     dual_loss,
 )
+from zokernels.capture import capture
 from zokernels.noise import CONTRACT_VERSION, derive_seed
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "StackingWarning",
     "bind",
     "branches",
+    "capture",
     "derive_seed",
     "directions",
     "displaced",

@@ -124,6 +124,8 @@ class Branches:
             Whatever ``fn`` raises; RuntimeError when stacking fails and ``sequential`` is False.
         """
         memory = self._memory()
+        if torch.compiler.is_compiling():
+            return self._captured(memory, fn)
         if self.sequential or self.num_branches == 1:
             return self._one_by_one(memory, fn)
         if memory.sequential is not None and self.sequential is None:
@@ -227,6 +229,15 @@ class Branches:
         return tree_unflatten(
             [next(stacked) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
         )
+
+    def _captured(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
+        """Stacked, for :func:`zokernels.capture`, which cannot compare values."""
+        if not memory.checked or memory.sequential is not None or self.sequential:
+            why = memory.sequential or "evaluate it once before, so that stacking has been checked"
+            raise RuntimeError(
+                f"the branches of {type(self.binding.model).__name__} cannot be captured: {why}"
+            )
+        return self._stacked(memory, fn)
 
     def _one_by_one(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
         every: list[list[Any]] = []
