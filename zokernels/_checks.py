@@ -72,7 +72,7 @@ def _weight(
         raise ValueError(f"w must be a matrix; got shape {tuple(w.shape)}")
     _seeds(seeds, w.device)
     _coeffs(coeffs, (None, seeds.numel()), w.device)
-    _region(*w.shape, param_id, row_offset, col_offset)
+    _region(w.shape[0], w.shape[1], param_id, row_offset, col_offset)
 
 
 def sample(

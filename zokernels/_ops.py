@@ -53,7 +53,11 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _fake(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+    def register(fake: Callable[..., object]) -> Callable[..., object]:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        return fake
+
+    return register
 
 
 @_fake("sample")

@@ -212,7 +212,7 @@ def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
     if params is not None:
         return Binding(model, params)
     model = unwrap(model)
-    slot = model.__dict__.setdefault(_Slot.KEY, _Slot())
+    slot: _Slot = model.__dict__.setdefault(_Slot.KEY, _Slot())
     cached = slot.binding
     if cached is not None and cached.model is model:
         trainable = [id(p) for p in model.parameters() if p.requires_grad]

@@ -34,6 +34,8 @@ Coeffs = Tensor | Sequence[Sequence[float]]
 # largest value of an output.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+_warn_of_loops: Callable[[bool], None] = functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+
 # Parameters formed whole are worth a word from this size on.
 _LARGE = 1 << 22
 
@@ -218,13 +220,13 @@ class Branches:
             return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
         # Attention on CPU has no batching rule and loops over the branches, which costs nothing here.
-        functorch._set_vmap_fallback_warning_enabled(False)
+        _warn_of_loops(False)
         try:
             with self._active(memory, self.coeffs):
                 index = torch.arange(self.num_branches, device=self.binding.device)
                 stacked = iter(torch.func.vmap(body, randomness="same")(index))
         finally:
-            functorch._set_vmap_fallback_warning_enabled(True)
+            _warn_of_loops(True)
         leaves, spec = layout
         return tree_unflatten(
             [next(stacked) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
@@ -452,6 +454,7 @@ def loss_of(
         keywords["use_cache"] = False  # a loss needs no key-value cache; transformers keeps one
 
     def loss() -> Tensor:
+        value: Any
         if loss_fn is not None:
             value = loss_fn(model, batch)
         else:
@@ -468,14 +471,16 @@ def loss_of(
             )
         if not value.is_floating_point():
             raise ValueError(f"the loss must be floating point; got {value.dtype}")
-        return value.reshape(())
+        scalar: Tensor = value.reshape(())
+        return scalar
 
     return loss
 
 
 def _takes_use_cache(model: nn.Module) -> bool:
     """Whether ``model.forward`` names a ``use_cache`` argument (peft models forward theirs)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    peft: Any = getattr(model, "get_base_model", None)
+    inner = peft() if peft is not None else model
     return "use_cache" in inspect.signature(inner.forward).parameters
 
 
@@ -627,7 +632,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def _swap_flat_weights(binding: Binding, swap: Mapping[int, Tensor]) -> None:
     """Recurrent modules keep their parameters in a list of their own."""
     for module in binding.recurrent:
-        flat = module._flat_weights
+        flat: Any = module._flat_weights
         for i, weight in enumerate(flat):
             if weight is not None and id(weight) in swap:
                 flat[i] = swap[id(weight)]

@@ -144,7 +144,7 @@ class LazyParameter(Tensor):
         row_offset: int = 0,
         transposed: bool = False,
     ) -> LazyParameter:
-        self: LazyParameter = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: LazyParameter = Tensor._make_wrapper_subclass(
             cls,
             source.size(),
             strides=source.stride(),
@@ -152,7 +152,7 @@ class LazyParameter(Tensor):
             device=source.device,
             requires_grad=False,
         )
-        self._is_param = True  # type: ignore[attr-defined]
+        self._is_param = True
         self.state, self.parameter, self.param_id = state, name, param_id
         self.matrix, self.row_offset, self.transposed = matrix, row_offset, transposed
         self.views = {}
@@ -184,7 +184,7 @@ class LazyParameter(Tensor):
         return _generic(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: object,
@@ -471,12 +471,10 @@ def _linear(x: Any, weight: LazyParameter, bias: Any, flip: bool) -> Any:
     if isinstance(x, LazyParameter) or weight.matrix.dim() != 2 or weight.dim() != 2:
         return NotImplemented
     if (low := _autocast(weight)) is not None and weight.dtype == torch.float32:
-        weight = weight.form(low)  # one rounding, and half the memory of float32
-        return (
-            torch.addmm(bias, x, weight)
-            if flip and bias is not None
-            else F.linear(x, weight.mT if flip else weight, bias)
-        )
+        formed = weight.form(low)  # one rounding, and half the memory of float32
+        if flip and bias is not None:
+            return torch.addmm(bias, x, formed)
+        return F.linear(x, formed.mT if flip else formed, bias)
     if low is not None or x.dtype != weight.dtype or x.device != weight.device:
         return NotImplemented
     if x.dim() == 0 or x.shape[-1] != weight.shape[0 if flip else 1]:
