@@ -48,7 +48,9 @@ def param_groups(
     types = tuple(no_decay)
     spared: set[int] = set()
     for module in model.modules():
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        for key, parameter in module.named_parameters(
+            recurse=False, remove_duplicate=False
+        ):
             if (
                 parameter.dim() <= 1
                 or key == "bias"
