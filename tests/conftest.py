@@ -32,9 +32,7 @@ REQUIRED = [
 
 def available_backends() -> list[str]:
     """Names of the backends that can run here."""
-    return [
-        name for name, backend in _registry.backends().items() if backend.reason is None
-    ]
+    return [name for name, backend in _registry.backends().items() if backend.reason is None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,9 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 f"ZOKERNELS_TEST_REQUIRE names the unknown backend {name!r}; known: {sorted(known)}"
             )
         if known[name].reason is not None:
-            raise pytest.UsageError(
-                f"required backend {name!r} is off: {known[name].reason}"
-            )
+            raise pytest.UsageError(f"required backend {name!r} is off: {known[name].reason}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -171,23 +171,13 @@ CASES: dict[str, Case] = {
     ),
     "llama": Case(lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GROUPED)), lm_batch),
     "llama_tied": Case(
-        lambda: tf.LlamaForCausalLM(
-            tf.LlamaConfig(**_GROUPED, tie_word_embeddings=True)
-        ),
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GROUPED, tie_word_embeddings=True)),
         lm_batch,
     ),
-    "qwen3": Case(
-        lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_GROUPED, head_dim=8)), lm_batch
-    ),
-    "gemma2": Case(
-        lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_GROUPED, head_dim=8)), lm_batch
-    ),
-    "phi3": Case(
-        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_GROUPED, pad_token_id=0)), lm_batch
-    ),
-    "roberta": Case(
-        lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**_DECODER)), lm_batch
-    ),
+    "qwen3": Case(lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_GROUPED, head_dim=8)), lm_batch),
+    "gemma2": Case(lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_GROUPED, head_dim=8)), lm_batch),
+    "phi3": Case(lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_GROUPED, pad_token_id=0)), lm_batch),
+    "roberta": Case(lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**_DECODER)), lm_batch),
     "roberta_cls": Case(
         lambda: tf.RobertaForSequenceClassification(
             tf.RobertaConfig(**_DECODER, num_labels=CLASSES)
@@ -198,16 +188,12 @@ CASES: dict[str, Case] = {
     "t5": Case(lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)), lm_batch),
     "t5_untied": Case(
         lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(
-                **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
-            )
+            tf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         ),
         lm_batch,
     ),
     "mixtral": Case(
-        lambda: tf.MixtralForCausalLM(
-            tf.MixtralConfig(**_GROUPED, num_local_experts=4)
-        ),
+        lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_GROUPED, num_local_experts=4)),
         lm_batch,
     ),
     "qwen3_moe": Case(
@@ -224,9 +210,7 @@ CASES: dict[str, Case] = {
     ),
     "mamba": Case(
         lambda: tf.MambaForCausalLM(
-            tf.MambaConfig(
-                vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8
-            )
+            tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)
         ),
         lm_batch,
     ),
@@ -245,12 +229,8 @@ CASES: dict[str, Case] = {
         image_batch,
     ),
     "conv": Case(_conv, plain_image_batch, loss_fn=plain_loss),
-    "lstm": Case(
-        lambda: Recurrent(nn.LSTM), plain_token_batch, stacks=False, loss_fn=plain_loss
-    ),
-    "gru": Case(
-        lambda: Recurrent(nn.GRU), plain_token_batch, stacks=False, loss_fn=plain_loss
-    ),
+    "lstm": Case(lambda: Recurrent(nn.LSTM), plain_token_batch, stacks=False, loss_fn=plain_loss),
+    "gru": Case(lambda: Recurrent(nn.GRU), plain_token_batch, stacks=False, loss_fn=plain_loss),
     "opt_lora": Case(lambda: _lora(tf.OPTForCausalLM(tf.OPTConfig(**_OPT))), lm_batch),
     "llama_lora": Case(
         lambda: _lora(tf.LlamaForCausalLM(tf.LlamaConfig(**_GROUPED)), use_rslora=True),
@@ -269,9 +249,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
         model = CASES[name].make()
         with torch.no_grad():
             for parameter in model.parameters():
-                spread = (
-                    0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
-                )
+                spread = 0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
                 parameter.add_(torch.randn_like(parameter), alpha=spread)
     return model.to(dtype).eval()
 

@@ -63,9 +63,7 @@ def perturbed(
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: t.detach().clone() for name, t in model.state_dict(keep_vars=True).items()
-    }
+    return {name: t.detach().clone() for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -77,9 +75,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def stacking_warnings(record: list[warnings.WarningMessage]) -> list[str]:
-    return [
-        str(w.message) for w in record if issubclass(w.category, zo.StackingWarning)
-    ]
+    return [str(w.message) for w in record if issubclass(w.category, zo.StackingWarning)]
 
 
 def close(got: Tensor, want: Tensor, rtol: float = RTOL) -> None:
@@ -138,16 +134,12 @@ def test_every_parameter_is_displaced_by_its_own_noise(name):
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     # First, middle, last, and the norms and biases, which are the ones with special handling.
     chosen = {names[0], names[len(names) // 2], names[-1]}
-    chosen |= set(
-        [n for n in names if dict(model.named_parameters())[n].dim() == 1][:3]
-    )
+    chosen |= set([n for n in names if dict(model.named_parameters())[n].dim() == 1][:3])
     z = zo.directions(model, seed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", zo.StackingWarning)
         for one in sorted(chosen):
-            got = zo.dual_loss(
-                model, batch, seed=3, eps=0.1, loss_fn=case.loss_fn, params=[one]
-            )
+            got = zo.dual_loss(model, batch, seed=3, eps=0.1, loss_fn=case.loss_fn, params=[one])
             with torch.no_grad():
                 for loss, sign in zip(got, (1, -1), strict=True):
                     with perturbed(model, [(sign * 0.1, {one: z[one]})]):
@@ -217,9 +209,7 @@ def test_the_ways_to_select_agree(name, select):
             p.requires_grad_(n in names)
     z = zo.directions(model, seed=4, params=params)
     assert list(z) == names
-    got = zo.dual_loss(
-        model, case.batch(), seed=4, eps=EPS, loss_fn=case.loss_fn, params=params
-    )
+    got = zo.dual_loss(model, case.batch(), seed=4, eps=EPS, loss_fn=case.loss_fn, params=params)
     with perturbed(model, [(EPS, z)]), torch.no_grad():
         close(got[0], zoo.loss_of(name, model, case.batch()))
 
@@ -265,9 +255,7 @@ def test_branches_share_the_dropout_mask(name, sequential):
     for _ in range(3):  # the first use, with its checks, and later ones
         losses = same(fn)
         close(losses[0], losses[1], 1e-6)
-    assert float((same(fn)[0] - losses[0]).abs()) > 1e-4, (
-        "each evaluation draws a new mask"
-    )
+    assert float((same(fn)[0] - losses[0]).abs()) > 1e-4, "each evaluation draws a new mask"
 
     z = zo.directions(model, seed=9)
     both = zo.branches(model, [9], [[EPS], [-EPS]], sequential=sequential)
@@ -318,20 +306,14 @@ def errors_against_float32(
     batch, batch32 = batch_in(case.batch(), dtype), case.batch()
 
     def context() -> contextlib.AbstractContextManager[Any]:
-        return (
-            torch.autocast("cpu", torch.bfloat16)
-            if autocast
-            else contextlib.nullcontext()
-        )
+        return torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
 
     ours, theirs = [], []
     with warnings.catch_warnings(record=True) as record, torch.no_grad():
         warnings.simplefilter("always")
         for seed in range(4):
             with context():
-                got = zo.dual_loss(
-                    model, batch, seed=seed, eps=EPS, loss_fn=case.loss_fn
-                )
+                got = zo.dual_loss(model, batch, seed=seed, eps=EPS, loss_fn=case.loss_fn)
             z = zo.directions(model, seed=seed)
             for loss, sign in zip(got, (1, -1), strict=True):
                 with perturbed(wide, [(sign * EPS, z)]):
@@ -373,11 +355,7 @@ def test_autocast_loses_no_more_than_in_place_perturbation(name):
 def test_a_probe_of_bfloat16_norms_is_not_rounded_away(name):
     """At eps 1e-3 a norm weight near 1 (ulp 0.008) displaced in bfloat16 would not move at all."""
     model = zoo.build(name, torch.bfloat16)
-    norms = [
-        n
-        for n, p in model.named_parameters()
-        if p.dim() == 1 and "norm" in n or ".ln_" in n
-    ]
+    norms = [n for n, p in model.named_parameters() if p.dim() == 1 and "norm" in n or ".ln_" in n]
     assert len(norms) >= 4
     wide = zoo.build(name, torch.bfloat16).float()
     batch = zoo.lm_batch()
@@ -390,9 +368,7 @@ def test_a_probe_of_bfloat16_norms_is_not_rounded_away(name):
             with perturbed(wide, [(sign * eps, z)]):
                 at.append(fn(wide)())
         moved = at[0] - at[1]
-        logits = zo.branches(model, [6], [[eps], [-eps]], params=norms)(
-            fn(model)
-        ).float()
+        logits = zo.branches(model, [6], [[eps], [-eps]], params=norms)(fn(model)).float()
         got = logits[0] - logits[1]
         with perturbed(model, [(eps, z)]):
             plus = fn(model)().float()

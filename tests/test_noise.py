@@ -90,7 +90,11 @@ def test_known_answers(rounds, counter, key, expected):
     if rounds == 10:
         seed = seed_of(key[0] | key[1] << 32)
         words = noise.philox_words(
-            torch.tensor([counter[0]]), torch.tensor([counter[1]]), counter[2], counter[3], seed
+            torch.tensor([counter[0]]),
+            torch.tensor([counter[1]]),
+            counter[2],
+            counter[3],
+            seed,
         )
         assert tuple(int(w) for w in words) == expected
 
@@ -100,7 +104,10 @@ def test_known_answer_file_is_complete():
 
 
 @given(
-    counters=st.lists(st.tuples(U32, U32), min_size=1, max_size=8), pid=U32, stream=U32, seed=U64
+    counters=st.lists(st.tuples(U32, U32), min_size=1, max_size=8),
+    pid=U32,
+    stream=U32,
+    seed=U64,
 )
 def test_vectorised_philox_is_the_integer_one(counters, pid, stream, seed):
     word0 = torch.tensor([c[0] for c in counters])
@@ -114,7 +121,26 @@ def test_vectorised_philox_is_the_integer_one(counters, pid, stream, seed):
 
 # --- values against the prose -------------------------------------------------------------------------
 
-EDGE_COLUMNS = [0, 1, 31, 32, 63, 64, 127, 128, 191, 192, 255, 256, 319, 511, 512, 767, 768, 1023]
+EDGE_COLUMNS = [
+    0,
+    1,
+    31,
+    32,
+    63,
+    64,
+    127,
+    128,
+    191,
+    192,
+    255,
+    256,
+    319,
+    511,
+    512,
+    767,
+    768,
+    1023,
+]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF])
@@ -195,7 +221,12 @@ def test_any_region_is_the_slice_of_the_whole(kind, data, rows, cols, seed, pid)
     assert torch.equal(part, whole[r0:r1, c0:c1])
 
 
-@given(kind=KIND, cuts=st.lists(st.integers(1, 699), max_size=5), seed=U64, order=st.randoms())
+@given(
+    kind=KIND,
+    cuts=st.lists(st.integers(1, 699), max_size=5),
+    seed=U64,
+    order=st.randoms(),
+)
 @settings(max_examples=30)
 def test_tiles_in_any_order_make_the_whole(kind, cuts, seed, order):
     whole = draw(kind, 3, 700, seed, 8, 0, 0)
@@ -308,7 +339,13 @@ def test_parameter_ids():
 
 @pytest.mark.parametrize(
     ("shape", "matrix"),
-    [((), (1, 1)), ((7,), (1, 7)), ((3, 4), (3, 4)), ((2, 3, 4), (6, 4)), ((0, 5), (0, 5))],
+    [
+        ((), (1, 1)),
+        ((7,), (1, 7)),
+        ((3, 4), (3, 4)),
+        ((2, 3, 4), (6, 4)),
+        ((0, 5), (0, 5)),
+    ],
 )
 def test_matrix_shape(shape, matrix):
     assert noise.matrix_shape(shape) == matrix
@@ -359,7 +396,8 @@ def test_tails(normals):
         expected = N * math.erfc(bound / math.sqrt(2))
         count = int((normals.abs() > bound).sum())
         two_sided = 2 * min(
-            scipy.stats.poisson.cdf(count, expected), scipy.stats.poisson.sf(count - 1, expected)
+            scipy.stats.poisson.cdf(count, expected),
+            scipy.stats.poisson.sf(count - 1, expected),
         )
         assert two_sided > P_BOUND, (bound, count, expected)
 
