@@ -16,12 +16,15 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from zokernels.binding import Binding, BoundParameter, Selection, bind
 from zokernels.lazy import Lazy
@@ -53,6 +56,10 @@ class _Memory:
         self.sequential: str | None = None  # the reason, when stacking was given up
         self.aliases: tuple[BoundParameter, ...] = ()  # used behind the module tree's back
         self.reported = False
+        self.autocast = False  # seen inside the evaluated function
+        self.low_precision = any(
+            p.is_floating_point() and p.dtype.itemsize < 4 for p in binding.model.parameters()
+        )
 
 
 _memories: weakref.WeakKeyDictionary[Binding, _Memory] = weakref.WeakKeyDictionary()
@@ -63,7 +70,7 @@ class Branches:
 
     Branch ``g`` of parameter ``p`` is ``W_p + scale_p * sum_k coeffs[g, k] z_p(seeds[k])``, computed
     in float32 and rounded once to the parameter's dtype (parameters of at most 65536 elements enter
-    norms, biases and arithmetic in float32).
+    norms, biases and arithmetic in float32). Losses of torch.nn.functional are taken in float32.
 
     Args:
         model: any module, or a :class:`~zokernels.Binding`.
@@ -193,6 +200,8 @@ class Branches:
                         self.binding, {id(p.tensor): lazy.params[p.name] for p in swapped}
                     )
                     stack.enter_context(torch.no_grad())
+                    if memory.low_precision or memory.autocast:
+                        stack.enter_context(_Float32Losses())
                     yield
                 finally:
                     for p in swapped:
@@ -265,17 +274,23 @@ class Branches:
             stacked = None
             try:
                 stacked = self._stacked(memory, fn)
+                if memory.lazy.state.low_precision and not memory.autocast:
+                    memory.autocast = True
+                    rewind()
+                    stacked = self._stacked(memory, fn)
             except Exception as error:
                 if self.sequential is False or _out_of_memory(error):
                     raise
                 problem = _reason(error)
             used = set(memory.lazy.state.touched)
             formed = dict(memory.lazy.state.materialised)
-            low = memory.lazy.state.low_precision
             rewind()
             outputs = self._one_by_one(memory, fn)
             if problem is None:
-                problem = _difference(stacked, outputs, low_precision=low)
+                dtypes = {p.dtype for p in self.binding.model.parameters() if p.is_floating_point()}
+                if memory.autocast:
+                    dtypes.add(torch.bfloat16)
+                problem = _difference(stacked, outputs, dtypes)
                 if problem is not None and self.sequential is False:
                     raise RuntimeError(f"stacked evaluation is not exact for this model: {problem}")
             else:
@@ -306,7 +321,7 @@ class Branches:
         plain = self._single(memory, fn)
         with self._exchanged(unused, self.coeffs[0]):
             moved = self._single(memory, fn, without=unused)
-        return tuple(unused) if _difference(plain, moved, exact=True) else ()
+        return tuple(unused) if _difference(plain, moved) else ()
 
     def _single(
         self, memory: _Memory, fn: Callable[[], Any], without: Sequence[BoundParameter] = ()
@@ -458,7 +473,9 @@ def loss_of(
         if loss_fn is not None:
             value = loss_fn(model, batch)
         else:
-            value = getattr(model(**keywords), "loss", None)
+            output = model(**keywords)
+            plain = isinstance(output, Mapping)
+            value = output.get("loss") if plain else getattr(output, "loss", None)
             if value is None:
                 raise ValueError(
                     "the model's output has no loss: put labels into the batch, or give a loss_fn"
@@ -595,14 +612,19 @@ def _plain(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
-def _difference(a: Any, b: Any, *, exact: bool = False, low_precision: bool = False) -> str | None:
-    """How two results differ beyond rounding, in words; None when they agree."""
+def _difference(a: Any, b: Any, dtypes: AbstractSet[torch.dtype] | None = None) -> str | None:
+    """How two results differ, in words; None when they agree.
+
+    ``dtypes`` are those the model computes in: the loosest sets the tolerance. None: bit for bit.
+    """
     for x, y in zip(tree_flatten(a)[0], tree_flatten(b)[0], strict=True):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             continue
         if x.shape != y.shape:
             return f"shapes {tuple(x.shape)} stacked and {tuple(y.shape)} one by one"
-        if exact:
+        if x.dtype != y.dtype:
+            return f"dtypes {x.dtype} stacked and {y.dtype} one by one"
+        if dtypes is None:
             if not torch.equal(x, y):
                 return "values differ"
             continue
@@ -611,7 +633,7 @@ def _difference(a: Any, b: Any, *, exact: bool = False, low_precision: bool = Fa
         gap = gap[~torch.isnan(gap)]  # NaN or infinity in either: compared below
         if bool((torch.isfinite(x) != torch.isfinite(y)).any()):
             return "finite in one evaluation and not in the other"
-        tolerance = _TOLERANCE[torch.bfloat16 if low_precision else x.dtype]
+        tolerance = max(_TOLERANCE.get(dtype, 5e-2) for dtype in {x.dtype, *dtypes})
         if gap.numel() and gap.max().item() > tolerance * max(size, 1e-6):
             return (
                 f"stacked and one-by-one results differ by {gap.max().item():.3g} of {size:.3g} (allowed: "
@@ -636,6 +658,43 @@ def _swap_flat_weights(binding: Binding, swap: Mapping[int, Tensor]) -> None:
         for i, weight in enumerate(flat):
             if weight is not None and id(weight) in swap:
                 flat[i] = swap[id(weight)]
+
+
+class _Float32Losses(TorchFunctionMode):
+    """Losses of low-precision models in float32.
+
+    A bfloat16 loss near 4 has steps of 0.03, more than two probes differ by. This is also autocast's
+    own rule, which vmap would skip: it takes losses apart before autocast sees them.
+    """
+
+    FUNCTIONS = frozenset(
+        (
+            F.cross_entropy,
+            F.nll_loss,
+            F.mse_loss,
+            F.l1_loss,
+            F.smooth_l1_loss,
+            F.huber_loss,
+            F.kl_div,
+            F.binary_cross_entropy_with_logits,
+            F.cosine_embedding_loss,
+        )
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in self.FUNCTIONS:
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 @contextlib.contextmanager
