@@ -736,7 +736,8 @@ class Trajectory:
             except (ValueError, TypeError, KeyError, struct.error) as error:
                 raise CorruptTrajectoryError(f"{where}: {error}") from error
             first = False
-            self._tail = offset, chain = end, chain
+            offset = end
+            self._tail = (offset, chain)
         if first:
             raise TruncatedTrajectoryError(f"{path} ends before the header")
 
