@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -168,23 +167,9 @@ def english() -> Text:
     return Text.of("\n".join(pydoc_data.topics.topics.values()), VOCAB)
 
 
-def source_code() -> Text:
-    """Modules of the standard library: text of another kind than :func:`english`, to tune towards."""
-    folder = Path(pydoc_data.topics.__file__).parent.parent
-    names = (
-        "argparse",
-        "ast",
-        "calendar",
-        "configparser",
-        "csv",
-        "datetime",
-        "decimal",
-        "shutil",
-    )
-    return Text.of(
-        "\n".join((folder / f"{n}.py").read_text(encoding="utf-8") for n in names),
-        VOCAB,
-    )
+def capitals() -> Text:
+    """The same prose in capital letters: far enough from :func:`english` for a large gradient."""
+    return Text.of("\n".join(pydoc_data.topics.topics.values()).upper(), VOCAB)
 
 
 def text_model(*, seed: int = 0, hidden: int = 64, layers: int = 2) -> PreTrainedModel:

@@ -264,12 +264,14 @@ def test_published_shapes():
         models.build("tiny-opt", "int4")
 
 
-def test_texts_are_real_and_disjoint():
-    text = models.source_code()
+def test_texts_are_real_and_reproducible():
+    text = models.english()
     assert text.train.numel() > 200_000
     assert int(text.train.max()) < text.vocab
     letters = "".join(models.VOCAB[i] for i in text.train.tolist())
-    assert "def __init__(self" in letters
+    assert "the" in letters and "Python" in letters
+    capitals = "".join(models.VOCAB[i] for i in models.capitals().train.tolist())
+    assert "THE" in capitals and capitals == capitals.upper()
     batch = text.batch(3, 16, torch.Generator().manual_seed(0))
     assert batch["input_ids"].shape == (3, 16)
     again = text.batch(3, 16, torch.Generator().manual_seed(0))
