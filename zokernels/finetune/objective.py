@@ -1,0 +1,153 @@
+"""The loss of a batch, and what is measured on the held-out examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zokernels.finetune.data import Batch, Example, Prepared, collate
+from zokernels.finetune.models import takes
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class Objective:
+    """The loss of one task on one model class.
+
+    Args:
+        model: decides which optional arguments (positions, fewer logits) its ``forward`` gets.
+        objective: ``candidates`` or ``label`` (classify only).
+
+    Source: Malladi et al. 2023, appendix E (label words, prompts).
+    """
+
+    def __init__(self, model: nn.Module, objective: str) -> None:
+        self.objective = objective
+        self.positions = takes(model, "position_ids")
+        self.fewer = takes(model, "logits_to_keep")
+        self.cache = takes(model, "use_cache")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch: a scalar."""
+        if batch.targets is None:
+            per_token, weight = self.token_losses(model, batch)
+            return per_token.sum() / weight.sum()
+        if self.objective == "candidates":
+            return F.cross_entropy(self.scores(model, batch), batch.targets)
+        if batch.candidates is not None:
+            logits = self._logits(model, batch, 1)[:, -1].float()
+            return F.cross_entropy(logits, batch.candidates[batch.targets])
+        right = self._log_likelihoods(model, batch).gather(1, batch.targets[:, None])
+        return -right.mean()
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-likelihood of every candidate, up to a constant per example: float32 ``[B, C]``."""
+        if batch.candidates is not None:
+            return self._logits(model, batch, 1)[:, -1, batch.candidates].float()
+        return self._log_likelihoods(model, batch)
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross entropy of every predicted token and 1 where there is one: float32 ``[N, T - 1]``."""
+        assert batch.labels is not None
+        keep = batch.labels[:, 1:] != -100
+        # Left padding: what is predicted lies in the last columns.
+        width = int(keep.any(0).sum())
+        targets = batch.labels[:, -width:]
+        logits = self._logits(model, batch, width + 1)[:, -width - 1 : -1].float()
+        losses = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
+        )
+        return losses.view(targets.shape), (targets != -100).float()
+
+    def _log_likelihoods(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses, _ = self.token_losses(model, batch)
+        assert batch.targets is not None
+        return -losses.sum(1).view(batch.targets.numel(), -1)
+
+    def _logits(self, model: nn.Module, batch: Batch, last: int) -> Tensor:
+        """Logits of at least the last positions."""
+        extra: dict[str, Any] = {}
+        if self.fewer:
+            extra["logits_to_keep"] = last
+        if self.cache:
+            extra["use_cache"] = False
+        inputs = dict(batch.inputs)
+        if not self.positions:
+            del inputs["position_ids"]
+        logits: Tensor = model(**inputs, **extra).logits
+        return logits
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out measurements.
+
+    Attributes:
+        loss, loss_se: mean over the examples (over the tokens for text) and its standard error.
+        accuracy, accuracy_se: share of right labels and its standard error; None without labels.
+        examples: number of examples.
+    """
+
+    loss: float
+    loss_se: float
+    accuracy: float | None
+    accuracy_se: float | None
+    examples: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    model: nn.Module,
+    objective: Objective,
+    prepared: Prepared,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Score:
+    """Loss and accuracy of the weights as they are, on ``examples``.
+
+    ``text`` and ``completion``: mean cross entropy per token, its error from the spread of the
+    examples' token-weighted losses (a ratio estimate). ``classify``: cross entropy among the label
+    words and the share of examples whose right label scores highest.
+    """
+    ordered = sorted(examples, key=lambda e: len(e.tokens))
+    sums: list[Tensor] = []
+    weights: list[Tensor] = []
+    right = 0
+    with torch.inference_mode():
+        for at in range(0, len(ordered), batch_size):
+            part = ordered[at : at + batch_size]
+            batch = collate(prepared, part, device)
+            if batch.targets is None:
+                losses, weight = objective.token_losses(model, batch)
+                sums.append(losses.sum(1).double().cpu())
+                weights.append(weight.sum(1).double().cpu())
+            else:
+                scores = objective.scores(model, batch)
+                losses = F.cross_entropy(scores, batch.targets, reduction="none")
+                sums.append(losses.double().cpu())
+                weights.append(torch.ones(len(part), dtype=torch.float64))
+                right += int((scores.argmax(1) == batch.targets).sum())
+            progress(len(part))
+    total, weight = torch.cat(sums), torch.cat(weights)
+    count = len(ordered)
+    mean = (total.sum() / weight.sum()).item()
+    residual = total - mean * weight
+    spread = (residual.square().sum() / max(count - 1, 1)).sqrt().item()
+    error = spread / (weight.mean().item() * math.sqrt(count))
+    if prepared.task != "classify":
+        return Score(mean, error, None, None, count)
+    accuracy = right / count
+    return Score(mean, error, accuracy, math.sqrt(accuracy * (1 - accuracy) / count), count)

@@ -1,0 +1,165 @@
+"""The picture and the tables of a run."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from zokernels.finetune.train import PICTURE, Score, Summary
+
+
+def picture(summary: Summary, path: Path) -> None:
+    """Training loss (running mean) and held-out scores over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    accuracy = summary.before.accuracy is not None
+    figure, axes = pyplot.subplots(
+        1, 2 if accuracy else 1, figsize=(10 if accuracy else 6, 3.8), squeeze=False
+    )
+    losses = axes[0][0]
+    for run in summary.runs:
+        width = max(1, len(run.curve) // 20)
+        smooth = [
+            statistics.mean(run.curve[max(0, i - width + 1) : i + 1]) for i in range(len(run.curve))
+        ]
+        (line,) = losses.plot(range(1, len(smooth) + 1), smooth, alpha=0.5, linewidth=1)
+        points = [(0, summary.before), *run.evaluations, (len(run.curve), run.after)]
+        steps = [step for step, _ in points]
+        losses.errorbar(
+            steps,
+            [score.loss for _, score in points],
+            yerr=[score.loss_se for _, score in points],
+            marker="o",
+            color=line.get_color(),
+            label=f"seed {run.seed}",
+            capsize=2,
+        )
+        if accuracy:
+            axes[0][1].errorbar(
+                steps,
+                [score.accuracy or 0.0 for _, score in points],
+                yerr=[score.accuracy_se or 0.0 for _, score in points],
+                marker="o",
+                color=line.get_color(),
+                label=f"seed {run.seed}",
+                capsize=2,
+            )
+    losses.set_title("loss: held out (points), training, running mean (lines)", fontsize=9)
+    losses.set_ylabel("cross entropy")
+    if accuracy:
+        axes[0][1].set_title("held-out accuracy", fontsize=9)
+    for axis in axes[0]:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print before and after per seed, the improvement, time and memory."""
+    config, before = summary.config, summary.before
+    accuracy = before.accuracy is not None
+    console.print(
+        f"{summary.trainable_parameters:,} of {summary.parameters:,} parameters moved "
+        f"({config.trainable}), {config.steps} steps, batch {config.batch_size}, "
+        f"{config.num_directions} {config.distribution} direction"
+        f"{'s' if config.num_directions > 1 else ''} a step, lr {config.lr:g} ({config.schedule}), "
+        f"eps {config.eps:g}",
+        highlight=False,
+    )
+    table = Table(title=f"Held out: {before.examples} examples", box=box.SIMPLE_HEAD)
+    for name in ("", "loss before", "loss after"):
+        table.add_column(name, justify="right" if name else "left")
+    if accuracy:
+        table.add_column("accuracy before", justify="right")
+        table.add_column("accuracy after", justify="right")
+    else:
+        table.add_column("perplexity before", justify="right")
+        table.add_column("perplexity after", justify="right")
+    for run in summary.runs:
+        table.add_row(f"seed {run.seed}", *_cells(before, run.after))
+    if len(summary.runs) > 1:
+        table.add_section()
+        loss, loss_se = summary.spread([run.after.loss for run in summary.runs])
+        cells = [f"{before.loss:.4f}", _plus_minus(loss, loss_se)]
+        if accuracy:
+            right, right_se = summary.spread([r.after.accuracy or 0.0 for r in summary.runs])
+            cells += [f"{before.accuracy:.4f}", _plus_minus(right, right_se)]
+        else:
+            perplexity, error = summary.spread([r.after.perplexity for r in summary.runs])
+            cells += [f"{before.perplexity:.3f}", _plus_minus(perplexity, error, 3)]
+        table.add_row("mean ± s.e. over seeds", *cells)
+    console.print(table)
+    console.print(_verdict(summary), highlight=False)
+    for line in _costs(summary):
+        console.print(line, highlight=False)
+
+
+def _cells(before: Score, after: Score) -> list[str]:
+    cells = [_plus_minus(before.loss, before.loss_se), _plus_minus(after.loss, after.loss_se)]
+    if before.accuracy is not None:
+        cells += [_plus_minus(s.accuracy or 0.0, s.accuracy_se) for s in (before, after)]
+    else:
+        cells += [f"{s.perplexity:.3f}" for s in (before, after)]
+    return cells
+
+
+def _plus_minus(value: float, error: float | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _verdict(summary: Summary) -> str:
+    """The improvement beside its standard errors, in words."""
+    parts = []
+    gains = [("loss", -1.0, summary.loss_gain)]
+    if summary.accuracy_gain is not None:
+        gains.append(("accuracy", 1.0, summary.accuracy_gain))
+    for name, sign, (mean, error) in gains:
+        text = f"held-out {name} {sign * mean:+.4f}"
+        if error is not None:
+            beyond = "more than" if mean > error else "NOT more than"
+            text += f" ± {error:.4f} over {len(summary.runs)} seeds (better by {beyond} its standard error)"
+        parts.append(text)
+    return "; ".join(parts)
+
+
+def _costs(summary: Summary) -> list[str]:
+    run = summary.runs[-1]
+    lines = [
+        (
+            f"time per step {1e3 * run.seconds_per_step:.0f} ms; memory {_mib(run.memory_before)} before the "
+            f"first step, peak {_mib(run.memory_peak)} during steps "
+            f"(+{_mib(max(run.memory_peak - run.memory_before, 0))})"
+        )
+    ]
+    if any(r.skipped for r in summary.runs):
+        lines.append(f"steps skipped, loss not finite: {[r.skipped for r in summary.runs]}")
+    c = summary.comparison
+    if c is not None:
+        lines.append(
+            f"beside MeZO's own loop, same model and batch, in turns ({c.rounds} rounds, medians): ours "
+            f"{1e3 * c.ours:.0f} ms (+{_mib(c.peak_ours)}), MeZO's, the faster of its variants "
+            f"({c.variant}), {1e3 * c.mezo:.0f} ms (+{_mib(c.peak_mezo)}): {c.ratio:.2f}x"
+        )
+        lines.append(
+            f"weights after {c.drift_steps} probing steps without an update: MeZO's loop has moved them by "
+            f"{c.drift:.1e} of their norm; ours never writes them"
+        )
+    folder = Path(summary.config.output)
+    lines.append(
+        f"total {summary.seconds:.0f} s; everything is in {folder}, the picture is {folder / PICTURE}"
+    )
+    return lines
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
