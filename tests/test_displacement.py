@@ -34,9 +34,7 @@ small = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 distributions = st.sampled_from(noise.DISTRIBUTIONS)
 
 
-def displacements(
-    values: st.SearchStrategy[float] = coeffs, keys=seeds
-) -> st.SearchStrategy:
+def displacements(values: st.SearchStrategy[float] = coeffs, keys=seeds) -> st.SearchStrategy:
     return st.builds(
         lambda terms, kind: Displacement(
             [s for s, _ in terms], [c for _, c in terms], distribution=kind
@@ -55,9 +53,7 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     }
 
 
-def written_out(
-    d: Displacement, named: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def written_out(d: Displacement, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The displacement as dense float64 tensors, from the contract alone."""
     dense = {}
     for name, w in named.items():
@@ -127,12 +123,8 @@ def test_bad_terms(arguments: dict, message: str) -> None:
 
 
 @given(displacements(small), displacements(small), displacements(small))
-def test_addition_concatenates(
-    a: Displacement, b: Displacement, c: Displacement
-) -> None:
-    b, c = (
-        Displacement(d.seeds, d.coeffs, distribution=a.distribution) for d in (b, c)
-    )
+def test_addition_concatenates(a: Displacement, b: Displacement, c: Displacement) -> None:
+    b, c = (Displacement(d.seeds, d.coeffs, distribution=a.distribution) for d in (b, c))
     total = a + b + c
     assert total.seeds == a.seeds + b.seeds + c.seeds
     assert total.coeffs == a.coeffs + b.coeffs + c.coeffs
@@ -175,11 +167,7 @@ def test_merging_keeps_the_order_of_first_occurrence() -> None:
 
 def test_distributions_do_not_mix() -> None:
     a, b = Displacement([1], [1]), Displacement([1], [1], distribution="rademacher")
-    for combine in (
-        lambda: a + b,
-        lambda: a - b,
-        lambda: Displacement.concatenate([a, b]),
-    ):
+    for combine in (lambda: a + b, lambda: a - b, lambda: Displacement.concatenate([a, b])):
         with pytest.raises(ValueError, match="one distribution"):
             combine()
 
@@ -193,12 +181,7 @@ def test_scaling_out_of_range(factor: float) -> None:
 @pytest.mark.parametrize("other", ["x", None, [1.0]])
 def test_operators_refuse_other_types(other: object) -> None:
     d = Displacement([1], [1.0])
-    for combine in (
-        lambda: d + other,
-        lambda: d - other,
-        lambda: d * other,
-        lambda: d / other,
-    ):
+    for combine in (lambda: d + other, lambda: d - other, lambda: d * other, lambda: d / other):
         with pytest.raises(TypeError):
             combine()
     with pytest.raises(TypeError):
@@ -224,9 +207,7 @@ def test_round_trips(a: Displacement) -> None:
 
 def test_the_bytes_are_little_endian_and_stable() -> None:
     d = Displacement([1, -2], [1.5, -0.25], distribution="rademacher")
-    assert d.encode() == b"ZOdp" + struct.pack(
-        "<BBHI2q2f", 1, 1, 1, 2, 1, -2, 1.5, -0.25
-    )
+    assert d.encode() == b"ZOdp" + struct.pack("<BBHI2q2f", 1, 1, 1, 2, 1, -2, 1.5, -0.25)
 
 
 def test_bad_tensors() -> None:
@@ -264,23 +245,11 @@ def changed(offset: int, value: bytes) -> bytes:
         (changed(0, b"PNG!"), EncodingError, "no encoded displacement"),
         (changed(4, b"\x07"), UnknownVersionError, "format must be 1; got 7"),
         (changed(5, b"\x09"), EncodingError, "distribution code"),
-        (
-            changed(6, b"\x02\0"),
-            UnknownVersionError,
-            "contract version must be 1; got 2",
-        ),
+        (changed(6, b"\x02\0"), UnknownVersionError, "contract version must be 1; got 2"),
         (changed(8, b"\xff\xff\xff\xff"), TruncatedError, "4294967295 terms"),
         (changed(8, b"\x02\0\0\0"), TrailingBytesError, "12 more"),
-        (
-            changed(HEADER + 24, struct.pack("<f", math.nan)),
-            NonFiniteError,
-            "coefficient 0",
-        ),
-        (
-            changed(HEADER + 32, struct.pack("<f", -math.inf)),
-            NonFiniteError,
-            "coefficient 2",
-        ),
+        (changed(HEADER + 24, struct.pack("<f", math.nan)), NonFiniteError, "coefficient 0"),
+        (changed(HEADER + 32, struct.pack("<f", -math.inf)), NonFiniteError, "coefficient 2"),
     ],
 )
 def test_bad_bytes(data: bytes, error: type[EncodingError], message: str) -> None:
@@ -289,9 +258,7 @@ def test_bad_bytes(data: bytes, error: type[EncodingError], message: str) -> Non
     assert type(caught.value) is error
 
 
-@given(
-    st.binary(max_size=64), displacements(), st.integers(0, 200), st.integers(1, 255)
-)
+@given(st.binary(max_size=64), displacements(), st.integers(0, 200), st.integers(1, 255))
 @settings(max_examples=300)
 def test_arbitrary_bytes_decode_or_raise(
     noise_bytes: bytes, a: Displacement, at: int, flip: int
@@ -334,9 +301,7 @@ def test_apply_and_its_negative_cancel_to_rounding_and_parts_commute() -> None:
     d.apply_(apart)
     d.apply_(apart)
     for name in named:
-        assert torch.equal(
-            together[name], apart[name]
-        )  # float32: the same sums in the same order
+        assert torch.equal(together[name], apart[name])  # float32: the same sums in the same order
     merged = weights()
     (d + d).merged().apply_(merged)
     for name in named:
@@ -373,9 +338,7 @@ def test_scale_of_single_parameters() -> None:
 
 
 def test_apply_to_a_module_moves_trainable_parameters_and_ties_once() -> None:
-    model = nn.ModuleDict(
-        {"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)}
-    )
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     model["c"] = nn.Linear(4, 4)
     model["b"].weight = model["a"].weight
     model["c"].weight.requires_grad_(False)
@@ -384,29 +347,20 @@ def test_apply_to_a_module_moves_trainable_parameters_and_ties_once() -> None:
     d.apply_(model)
     z = zo.directions(model, seed=9)
     assert set(z) == {"a.weight", "c.bias"}
-    torch.testing.assert_close(
-        model["a"].weight.data, before["a.weight"] + z["a.weight"]
-    )
+    torch.testing.assert_close(model["a"].weight.data, before["a.weight"] + z["a.weight"])
     assert torch.equal(model["c"].weight, before["c.weight"])
     d.apply_(zo.bind(model))
     # A state dict holds the tied weight twice, in one storage: it moves once too.
     state = {n: t for n, t in model.state_dict().items() if n != "c.weight"}
     d.apply_(state)
     torch.testing.assert_close(
-        model["b"].weight.data,
-        before["a.weight"] + 3 * z["a.weight"],
-        atol=1e-5,
-        rtol=1e-5,
+        model["b"].weight.data, before["a.weight"] + 3 * z["a.weight"], atol=1e-5, rtol=1e-5
     )
 
 
 def test_nothing_to_add_changes_no_bit() -> None:
     named = {"w": torch.tensor([-0.0, 0.0, 1.0])}
-    for d in (
-        Displacement(),
-        Displacement([1], [0.0]),
-        Displacement([1], [1.0]) * -0.0,
-    ):
+    for d in (Displacement(), Displacement([1], [0.0]), Displacement([1], [1.0]) * -0.0):
         d.apply_(named)
         assert torch.signbit(named["w"]).tolist() == [True, False, False]
 
@@ -419,23 +373,11 @@ def test_apply_errors_change_nothing() -> None:
     kept = copy.deepcopy(model.state_dict())
     cases = [
         (lambda: d.apply_(named, rounding="up"), ValueError, "rounding must be one of"),
-        (
-            lambda: d.apply_(named, scale={"b": 1.0}),
-            ValueError,
-            "'b', which is no parameter",
-        ),
-        (
-            lambda: d.apply_(named, scale={"scalar": math.nan}),
-            ValueError,
-            "must be finite",
-        ),
+        (lambda: d.apply_(named, scale={"b": 1.0}), ValueError, "'b', which is no parameter"),
+        (lambda: d.apply_(named, scale={"scalar": math.nan}), ValueError, "must be finite"),
         (lambda: d.apply_(named, scale={"scalar": 1e39}), ValueError, "finite"),
         (lambda: d.apply_({}), ValueError, "no tensor"),
-        (
-            lambda: d.apply_({"i": torch.zeros(3, dtype=torch.int64)}),
-            TypeError,
-            "'i' has dtype",
-        ),
+        (lambda: d.apply_({"i": torch.zeros(3, dtype=torch.int64)}), TypeError, "'i' has dtype"),
         (lambda: d.apply_(torch.zeros(3)), TypeError, "model must be"),
         (lambda: d.apply_({"x": 1.0}), TypeError, "pairs"),
     ]
@@ -445,10 +387,7 @@ def test_apply_errors_change_nothing() -> None:
     model.weight = nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(ModelChangedError, match="'weight' was replaced"):
         d.apply_(binding)
-    assert all(
-        torch.equal(w, v)
-        for w, v in zip(named.values(), weights().values(), strict=True)
-    )
+    assert all(torch.equal(w, v) for w, v in zip(named.values(), weights().values(), strict=True))
     assert torch.equal(model.bias, kept["bias"])
 
 

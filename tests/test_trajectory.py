@@ -40,9 +40,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def model(dtype: torch.dtype = torch.float32, width: int = 8) -> nn.Sequential:
     torch.manual_seed(1)
-    layers = nn.Sequential(
-        nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 3)
-    )
+    layers = nn.Sequential(nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 3))
     return layers.to(dtype)
 
 
@@ -67,9 +65,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(
         torch.equal(x.view(torch.uint8), y.view(torch.uint8))
         for x, y in zip(
-            (t.reshape(-1) for t in a.values()),
-            (t.reshape(-1) for t in b.values()),
-            strict=True,
+            (t.reshape(-1) for t in a.values()), (t.reshape(-1) for t in b.values()), strict=True
         )
     )
 
@@ -83,10 +79,7 @@ def two_groups(net: nn.Module) -> list[dict[str, object]]:
 
 
 def run(
-    dtype: torch.dtype = torch.float32,
-    steps: int = 6,
-    journal: Trajectory | None = None,
-    **options,
+    dtype: torch.dtype = torch.float32, steps: int = 4, journal: Trajectory | None = None, **options
 ) -> tuple[nn.Module, dict[str, Tensor], Trajectory]:
     """A short run: the trained model, the weights it began with, its journal."""
     net = model(dtype)
@@ -101,13 +94,9 @@ def run(
 def bare(count: int = 5) -> Trajectory:
     """A trajectory without an optimizer."""
     journal = Trajectory(metadata={"base": "tiny"})
-    journal.begin(
-        [zo.bind(model()).params], distribution="rademacher", rounding="nearest"
-    )
+    journal.begin([zo.bind(model()).params], distribution="rademacher", rounding="nearest")
     for i in range(count):
-        journal.append(
-            i, [noise.derive_seed(1, i)], [[0.125 * (i + 1)]], meta={"loss": i / 4}
-        )
+        journal.append(i, [noise.derive_seed(1, i)], [[0.125 * (i + 1)]], meta={"loss": i / 4})
     return journal
 
 
@@ -126,9 +115,7 @@ def bare(count: int = 5) -> Trajectory:
     ],
     ids=["plain", "directions", "momentum", "all"],
 )
-def test_replay_is_bit_identical(
-    dtype: torch.dtype, rounding: str, options: dict
-) -> None:
+def test_replay_is_bit_identical(dtype: torch.dtype, rounding: str, options: dict) -> None:
     net, start, journal = run(dtype, rounding=rounding, **options)
     assert len(journal) == 4
     assert not same(weights(net), start)
@@ -144,9 +131,7 @@ def test_replay_makes_one_call_per_group(monkeypatch: pytest.MonkeyPatch) -> Non
     _, start, journal = run(steps=9)
     calls = []
     plain = _targets.update_
-    monkeypatch.setattr(
-        _targets, "update_", lambda *a: (calls.append(len(a[1])), plain(*a))
-    )
+    monkeypatch.setattr(_targets, "update_", lambda *a: (calls.append(len(a[1])), plain(*a)))
     journal.replay_(start)
     assert calls == [9, 9]
 
@@ -260,17 +245,12 @@ def test_to_displacement() -> None:
     _, _, groups = run(steps=2)
     with pytest.raises(TrajectoryError, match="weight decay"):
         groups.to_displacement()
-    plain = MeZO(
-        [{**g, "weight_decay": 0.0} for g in two_groups(net)], model=net, lr=1e-2
-    )
+    plain = MeZO([{**g, "weight_decay": 0.0} for g in two_groups(net)], model=net, lr=1e-2)
     plain.journal = journal = Trajectory()
     plain.step(BATCH, loss_fn)
     with pytest.raises(TrajectoryError, match="groups differ"):
         journal.to_displacement()
-    ratio = (
-        journal.to_displacement(group=1).coeffs[0]
-        / journal.to_displacement(group=0).coeffs[0]
-    )
+    ratio = journal.to_displacement(group=1).coeffs[0] / journal.to_displacement(group=0).coeffs[0]
     assert ratio == pytest.approx(1 / 3 / 2, rel=1e-6)  # lr over eps
     with pytest.raises(TrajectoryError, match=r"group must be in \[0, 2\)"):
         journal.to_displacement(group=2)
@@ -290,10 +270,7 @@ def renamed() -> nn.Module:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (
-            wider,
-            r"moved '0.weight' \(8, 6\) float32, but the model's is \(9, 6\) float32",
-        ),
+        (wider, r"moved '0.weight' \(8, 6\) float32, but the model's is \(9, 6\) float32"),
         (renamed, r"no parameter '0.weight' \(8, 6\) float32"),
         (lambda: model(torch.bfloat16), r"'0.weight' .*is \(8, 6\) bfloat16"),
         (dict, "no parameter '0.weight'"),
@@ -382,17 +359,13 @@ def test_misuse() -> None:
         Trajectory().undo()
     params = zo.bind(model()).params
     journal = bare()
-    with pytest.raises(
-        TrajectoryError, match="distribution 'rademacher'; got 'gaussian'"
-    ):
+    with pytest.raises(TrajectoryError, match="distribution 'rademacher'; got 'gaussian'"):
         journal.begin([params], distribution="gaussian", rounding="nearest")
     with pytest.raises(TrajectoryError, match="rounding 'nearest'; got 'stochastic'"):
         journal.begin([params], distribution="rademacher", rounding="stochastic")
     with pytest.raises(ModelMismatchError, match=r"knows '0.weight' .*bfloat16"):
         journal.begin(
-            [zo.bind(model(torch.bfloat16)).params],
-            distribution="rademacher",
-            rounding="nearest",
+            [zo.bind(model(torch.bfloat16)).params], distribution="rademacher", rounding="nearest"
         )
     with pytest.raises(TrajectoryError, match="'0.weight' stands in two groups"):
         journal.begin([params, params], distribution="rademacher", rounding="nearest")
@@ -427,9 +400,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert through_bytes(bare()).metadata == {"base": "tiny"}
 
 
-def test_a_failed_save_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.zo"
     bare(2).save(path)
     before = path.read_bytes()
@@ -452,10 +423,7 @@ def test_the_journal_is_the_saved_file(tmp_path: Path) -> None:
         assert Trajectory.load(path) == journal  # on disk before close
         journal.save(tmp_path / "copy.zo")
         assert path.read_bytes() == (tmp_path / "copy.zo").read_bytes()
-    with (
-        Trajectory.open(path) as journal,
-        pytest.raises(TrajectoryError, match="already has"),
-    ):
+    with Trajectory.open(path) as journal, pytest.raises(TrajectoryError, match="already has"):
         run(torch.bfloat16, journal=journal)
     with Trajectory.open(path, sync=True) as journal:
         before = len(journal)
@@ -529,9 +497,7 @@ def test_recover_keeps_whole_steps_for_every_cut(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="leaving out"):
             journal = Trajectory.open(path, recover=True)
         with journal:
-            journal.begin(
-                [zo.bind(model()).params], distribution="rademacher", rounding="nearest"
-            )
+            journal.begin([zo.bind(model()).params], distribution="rademacher", rounding="nearest")
             for step in whole.steps[kept:]:
                 journal.append(step.step, step.seeds, step.coeffs, meta=step.meta)
         assert Trajectory.load(path) == whole
@@ -563,11 +529,7 @@ LAYOUT = (2, json.dumps({"groups": [[NAME]]}).encode())
 
 
 def step_record(
-    step: int = 0,
-    count: int = 1,
-    groups: int = 1,
-    flags: int = 0,
-    rest: bytes | None = None,
+    step: int = 0, count: int = 1, groups: int = 1, flags: int = 0, rest: bytes | None = None
 ) -> tuple[int, bytes]:
     body = struct.pack("<qfB", 7, 0.5, 1) + b"{}" if rest is None else rest
     return 3, struct.pack("<QIHH", step, count, groups, flags) + body
@@ -576,11 +538,7 @@ def step_record(
 def test_the_hand_made_file_is_right() -> None:
     read = Trajectory()
     read._parse(memoryview(sealed(HEADER, LAYOUT, step_record())), Path("memory"))
-    assert (
-        read[0].seeds == (7,)
-        and read[0].coeffs == ((0.5,),)
-        and read[0].ends == (True,)
-    )
+    assert read[0].seeds == (7,) and read[0].coeffs == ((0.5,),) and read[0].ends == (True,)
 
 
 @pytest.mark.parametrize(
@@ -589,11 +547,7 @@ def test_the_hand_made_file_is_right() -> None:
         (b"", ForeignFileError, "no trajectory"),
         (b"\x89PNG and more", ForeignFileError, "must start with b'ZOtr'"),
         (b"ZOtr\x02\0\x01\0", TrajectoryVersionError, "format must be 1; got 2"),
-        (
-            b"ZOtr\x01\0\x09\0",
-            TrajectoryVersionError,
-            "contract version must be 1; got 9",
-        ),
+        (b"ZOtr\x01\0\x09\0", TrajectoryVersionError, "contract version must be 1; got 9"),
         (b"ZOtr\x01\0\x01\0", TruncatedTrajectoryError, "before the header"),
         (sealed(LAYOUT), CorruptTrajectoryError, "header must be the first"),
         (sealed(HEADER, HEADER), CorruptTrajectoryError, "header must be the first"),
@@ -604,11 +558,7 @@ def test_the_hand_made_file_is_right() -> None:
             CorruptTrajectoryError,
             "distribution must be",
         ),
-        (
-            sealed(HEADER, step_record()),
-            CorruptTrajectoryError,
-            "before the first layout",
-        ),
+        (sealed(HEADER, step_record()), CorruptTrajectoryError, "before the first layout"),
         (sealed(HEADER, (9, b"")), CorruptTrajectoryError, "unknown record kind 9"),
         (
             sealed(HEADER, (2, json.dumps({"groups": [[["v", *NAME[1:]]]]}).encode())),
@@ -621,62 +571,38 @@ def test_the_hand_made_file_is_right() -> None:
             "bad parameter",
         ),
         (sealed(HEADER, (2, b'{"groups":7}')), CorruptTrajectoryError, "iterable"),
-        (
-            sealed(HEADER, LAYOUT, (3, b"short")),
-            CorruptTrajectoryError,
-            "record at byte",
-        ),
+        (sealed(HEADER, LAYOUT, (3, b"short")), CorruptTrajectoryError, "record at byte"),
         (
             sealed(HEADER, LAYOUT, step_record(count=4_000_000_000)),
             CorruptTrajectoryError,
             "4000000000 terms need",
         ),
         (sealed(HEADER, LAYOUT, step_record(groups=2)), CorruptTrajectoryError, "need"),
+        (sealed(HEADER, LAYOUT, step_record(flags=4)), CorruptTrajectoryError, "unknown flags"),
         (
-            sealed(HEADER, LAYOUT, step_record(flags=4)),
-            CorruptTrajectoryError,
-            "unknown flags",
-        ),
-        (
-            sealed(
-                HEADER,
-                LAYOUT,
-                step_record(rest=struct.pack("<qfB", 7, math.nan, 1) + b"{}"),
-            ),
+            sealed(HEADER, LAYOUT, step_record(rest=struct.pack("<qfB", 7, math.nan, 1) + b"{}")),
             CorruptTrajectoryError,
             "finite",
         ),
         (
-            sealed(
-                HEADER, LAYOUT, step_record(rest=struct.pack("<qfB", 7, 0.5, 0) + b"{}")
-            ),
+            sealed(HEADER, LAYOUT, step_record(rest=struct.pack("<qfB", 7, 0.5, 0) + b"{}")),
             CorruptTrajectoryError,
             "ends must be",
         ),
         (
-            sealed(
-                HEADER, LAYOUT, step_record(rest=struct.pack("<qfB", 7, 0.5, 7) + b"{}")
-            ),
+            sealed(HEADER, LAYOUT, step_record(rest=struct.pack("<qfB", 7, 0.5, 7) + b"{}")),
             CorruptTrajectoryError,
             "ends must be 0 or 1",
         ),
         (
-            sealed(
-                HEADER, LAYOUT, step_record(rest=struct.pack("<qfB", 7, 0.5, 1) + b"[]")
-            ),
+            sealed(HEADER, LAYOUT, step_record(rest=struct.pack("<qfB", 7, 0.5, 1) + b"[]")),
             CorruptTrajectoryError,
             "must be an object",
         ),
-        (
-            sealed(HEADER, LAYOUT, step_record(3), step_record(3)),
-            CorruptTrajectoryError,
-            "step",
-        ),
+        (sealed(HEADER, LAYOUT, step_record(3), step_record(3)), CorruptTrajectoryError, "step"),
     ],
 )
-def test_bad_files(
-    tmp_path: Path, data: bytes, error: type[Exception], message: str
-) -> None:
+def test_bad_files(tmp_path: Path, data: bytes, error: type[Exception], message: str) -> None:
     path = tmp_path / "bad.zo"
     path.write_bytes(data)
     with pytest.raises(error, match=message) as caught:
@@ -764,10 +690,7 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
     source = textwrap.dedent(CHILD).format(root=str(root), path=str(path))
     environment = {**os.environ, "PYTHONPATH": f"{root.parent}:{root}"}
     child = subprocess.Popen(
-        [sys.executable, "-c", source],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
         assert child.stdout is not None

@@ -9,13 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from zokernels.binding import (
-    Binding,
-    BoundParameter,
-    ModelChangedError,
-    _check_parameter,
-    bind,
-)
+from zokernels.binding import Binding, BoundParameter, ModelChangedError, _check_parameter, bind
 from zokernels.noise import parameter_ids
 
 
@@ -49,17 +43,12 @@ class NamedTensors:
                 kept.append((name, tensor))
         if not kept:
             raise ValueError("no tensor is given")
-        repeated = [
-            name
-            for name, count in Counter(name for name, _ in kept).items()
-            if count > 1
-        ]
+        repeated = [name for name, count in Counter(name for name, _ in kept).items() if count > 1]
         if repeated:
             raise ValueError(f"names must be unique; repeated: {repeated[:5]}")
         ids = parameter_ids(name for name, _ in kept)
         self.params: tuple[BoundParameter, ...] = tuple(
-            BoundParameter(name, ids[name], t, t.shape, t.dtype, t.device, ())
-            for name, t in kept
+            BoundParameter(name, ids[name], t, t.shape, t.dtype, t.device, ()) for name, t in kept
         )
         self.by_name = {p.name: p for p in self.params}
 
@@ -70,11 +59,7 @@ class NamedTensors:
             ModelChangedError: the message names the tensor.
         """
         for p in self.params:
-            if (p.tensor.shape, p.tensor.dtype, p.tensor.device) != (
-                p.shape,
-                p.dtype,
-                p.device,
-            ):
+            if (p.tensor.shape, p.tensor.dtype, p.tensor.device) != (p.shape, p.dtype, p.device):
                 raise ModelChangedError(
                     f"parameter {p.name!r} was {tuple(p.shape)} {p.dtype} on {p.device} when it "
                     f"was bound and is {tuple(p.tensor.shape)} {p.tensor.dtype} on "
@@ -148,9 +133,7 @@ def update_(
                 [p.tensor for p in members],
                 torch.tensor(seeds, dtype=torch.int64, device=device),
                 torch.tensor(coeffs, dtype=torch.float32, device=device),
-                None
-                if decay is None
-                else torch.tensor(decay, device=device, dtype=torch.float32),
+                None if decay is None else torch.tensor(decay, device=device, dtype=torch.float32),
                 torch.tensor(ends, dtype=torch.bool, device=device),
                 [p.id for p in members],
                 [],

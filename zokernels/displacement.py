@@ -52,9 +52,7 @@ class NonFiniteError(EncodingError):
 def check_distribution(distribution: str) -> str:
     """Return ``distribution`` or raise ValueError."""
     if distribution not in DISTRIBUTIONS:
-        raise ValueError(
-            f"distribution must be one of {list(DISTRIBUTIONS)}; got {distribution!r}"
-        )
+        raise ValueError(f"distribution must be one of {list(DISTRIBUTIONS)}; got {distribution!r}")
     return distribution
 
 
@@ -108,9 +106,7 @@ class Displacement:
         values = fp32(raw)
         for k, value in enumerate(values):
             if not math.isfinite(value):
-                raise ValueError(
-                    f"coeffs[{k}] must be finite in float32; got {raw[k]!r}"
-                )
+                raise ValueError(f"coeffs[{k}] must be finite in float32; got {raw[k]!r}")
         check_distribution(distribution)
         if version != CONTRACT_VERSION:
             raise UnknownVersionError(
@@ -182,9 +178,7 @@ class Displacement:
         return f"Displacement([{terms}{more}], distribution={self._distribution!r})"
 
     def _like(self, seeds: Iterable[int], coeffs: Iterable[float]) -> Displacement:
-        return Displacement(
-            seeds, coeffs, distribution=self._distribution, version=self._version
-        )
+        return Displacement(seeds, coeffs, distribution=self._distribution, version=self._version)
 
     def _same_kind(self, other: Displacement) -> None:
         if other._distribution != self._distribution:
@@ -293,9 +287,7 @@ class Displacement:
             sums.setdefault(seed, []).append(coeff)
         return math.sqrt(numel) * math.hypot(*(math.fsum(cs) for cs in sums.values()))
 
-    def tensors(
-        self, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def tensors(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """``(seeds, coeffs)``: int64 ``[K]`` and float32 ``[K]``."""
         return (
             torch.tensor(self._seeds, dtype=torch.int64, device=device),
@@ -365,18 +357,14 @@ class Displacement:
             raise TruncatedError(f"header needs {_HEADER.size} bytes; got {len(view)}")
         _, form, code, version, count = _HEADER.unpack_from(view)
         if form != _FORMAT:
-            raise UnknownVersionError(
-                f"displacement format must be {_FORMAT}; got {form}"
-            )
+            raise UnknownVersionError(f"displacement format must be {_FORMAT}; got {form}")
         if version != CONTRACT_VERSION:
             raise UnknownVersionError(
                 f"noise contract version must be {CONTRACT_VERSION}; got {version}"
             )
         names = {c: name for name, c in _DISTRIBUTION_CODES.items()}
         if code not in names:
-            raise EncodingError(
-                f"distribution code must be one of {sorted(names)}; got {code}"
-            )
+            raise EncodingError(f"distribution code must be one of {sorted(names)}; got {code}")
         size = _HEADER.size + count * _BYTES_PER_TERM
         if len(view) < size:
             raise TruncatedError(f"{count} terms need {size} bytes; got {len(view)}")
@@ -425,25 +413,15 @@ class Displacement:
             members = [p for p in bound.params if factors.get(p.name, 1.0) == factor]
             if members and not _targets.idle(values, None):
                 _targets.update_(
-                    members,
-                    self._seeds,
-                    values,
-                    None,
-                    ends,
-                    self._distribution,
-                    rounding,
+                    members, self._seeds, values, None, ends, self._distribution, rounding
                 )
 
 
-def _check_scale(
-    scale: Mapping[str, float] | None, bound: _targets.Bound
-) -> dict[str, float]:
+def _check_scale(scale: Mapping[str, float] | None, bound: _targets.Bound) -> dict[str, float]:
     factors = {name: float(f) for name, f in (scale or {}).items()}
     for name, factor in factors.items():
         if name not in bound.by_name:
-            raise ValueError(
-                f"scale names {name!r}, which is no parameter of the model"
-            )
+            raise ValueError(f"scale names {name!r}, which is no parameter of the model")
         if not math.isfinite(factor):
             raise ValueError(f"scale[{name!r}] must be finite; got {factor!r}")
     return factors

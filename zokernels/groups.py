@@ -48,9 +48,7 @@ def param_groups(
     types = tuple(no_decay)
     spared: set[int] = set()
     for module in model.modules():
-        for key, parameter in module.named_parameters(
-            recurse=False, remove_duplicate=False
-        ):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if (
                 parameter.dim() <= 1
                 or key == "bias"
@@ -68,10 +66,6 @@ def param_groups(
             "weight_decay": weight_decay,
             **options,
         },
-        {
-            "params": [(n, p) for n, p in named if id(p) in spared],
-            "weight_decay": 0.0,
-            **options,
-        },
+        {"params": [(n, p) for n, p in named if id(p) in spared], "weight_decay": 0.0, **options},
     ]
     return [group for group in groups if group["params"]]

@@ -21,11 +21,7 @@ from zokernels import _targets
 from zokernels._targets import NamedTensors, fp32
 from zokernels.binding import Binding, BoundParameter, bind, unwrap
 from zokernels.branches import Branches
-from zokernels.displacement import (
-    UnknownVersionError,
-    check_distribution,
-    check_rounding,
-)
+from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
 from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
 from zokernels.trajectory import Trajectory, TrajectoryError
 
@@ -167,12 +163,7 @@ class MeZO(torch.optim.Optimizer):
         sequential: bool | None = None,
         max_branches: int | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-        }
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         _check_group(defaults)
         self.distribution = check_distribution(distribution)
         self.rounding = check_rounding(rounding)
@@ -180,22 +171,16 @@ class MeZO(torch.optim.Optimizer):
         self.nonfinite = _choice("nonfinite", nonfinite, NONFINITE)
         self.num_directions = _count("num_directions", num_directions)
         self.momentum_window = _count("momentum_window", momentum_window)
-        self.max_branches = (
-            None if max_branches is None else _count("max_branches", max_branches)
-        )
+        self.max_branches = None if max_branches is None else _count("max_branches", max_branches)
         self.clip = None if clip is None else _positive("clip", clip)
         if sequential is not None and not isinstance(sequential, bool):
-            raise TypeError(
-                f"sequential must be True, False or None; got {sequential!r}"
-            )
+            raise TypeError(f"sequential must be True, False or None; got {sequential!r}")
         self.sequential = sequential
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an integer; got {seed!r}")
         self.seed = signed_seed(int(seed))
         if journal is not None and not isinstance(journal, Trajectory):
-            raise TypeError(
-                f"journal must be a Trajectory or None; got {type(journal).__name__}"
-            )
+            raise TypeError(f"journal must be a Trajectory or None; got {type(journal).__name__}")
 
         self._model, groups = _sources(params, model)
         self._bound = None
@@ -237,9 +222,7 @@ class MeZO(torch.optim.Optimizer):
     @journal.setter
     def journal(self, journal: Trajectory | None) -> None:
         if journal is not None:
-            journal.begin(
-                self._groups, distribution=self.distribution, rounding=self.rounding
-            )
+            journal.begin(self._groups, distribution=self.distribution, rounding=self.rounding)
         self._journal = journal
         self._announced = self._groups
 
@@ -252,9 +235,7 @@ class MeZO(torch.optim.Optimizer):
             TypeError, ValueError: as the constructor. Nothing is changed.
         """
         if not isinstance(param_group, dict):
-            raise TypeError(
-                f"param_group must be a dict; got {type(param_group).__name__}"
-            )
+            raise TypeError(f"param_group must be a dict; got {type(param_group).__name__}")
         if "params" not in param_group:
             raise ValueError("a parameter group must have the key 'params'")
         group = {**param_group, "params": _named(param_group["params"], self._model)}
@@ -286,27 +267,19 @@ class MeZO(torch.optim.Optimizer):
             bound = NamedTensors(
                 (name, p)
                 for group, row in zip(self.param_groups, flags, strict=True)
-                for name, p, moves in zip(
-                    group["param_names"], group["params"], row, strict=True
-                )
+                for name, p, moves in zip(group["param_names"], group["params"], row, strict=True)
                 if moves
             )
         else:
-            trainable = {
-                n for n, p in self._model.named_parameters() if p.requires_grad
-            }
+            trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
             whole = trainable == set(listed)
             # The default binding of a model is shared with zo.branches and zo.dual_loss.
             bound = bind(self._model) if whole else Binding(self._model, listed)
-        groups = [
-            [bound.by_name[n] for n in row if n in bound.by_name] for row in names
-        ]
+        groups = [[bound.by_name[n] for n in row if n in bound.by_name] for row in names]
         self._bound, self._groups, self._flags = bound, groups, flags
 
     def _requires_grad(self) -> tuple[tuple[bool, ...], ...]:
-        return tuple(
-            tuple(p.requires_grad for p in g["params"]) for g in self.param_groups
-        )
+        return tuple(tuple(p.requires_grad for p in g["params"]) for g in self.param_groups)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -364,11 +337,7 @@ class MeZO(torch.optim.Optimizer):
         losses = self._reduce_losses(self._evaluate(functions, seeds, sequential))
         values = tuple(losses.tolist())
         gradients = self._project(values)
-        past = _Past(
-            self._step,
-            seeds,
-            tuple(tuple(map(self._clipped, row)) for row in gradients),
-        )
+        past = _Past(self._step, seeds, tuple(tuple(map(self._clipped, row)) for row in gradients))
         finite = all(map(math.isfinite, values)) and all(
             math.isfinite(g) for row in gradients for g in row
         )
@@ -405,13 +374,9 @@ class MeZO(torch.optim.Optimizer):
             batch, closure = None, batch
         if closure is not None:
             if batch is not None or loss_fn is not None:
-                raise TypeError(
-                    "step takes a closure, or a batch and loss_fn, not both"
-                )
+                raise TypeError("step takes a closure, or a batch and loss_fn, not both")
             if not callable(closure):
-                raise TypeError(
-                    f"closure must be callable; got {type(closure).__name__}"
-                )
+                raise TypeError(f"closure must be callable; got {type(closure).__name__}")
             return [lambda: _scalar(closure(), "the closure")], True
         if batch is None:
             raise TypeError(
@@ -426,9 +391,7 @@ class MeZO(torch.optim.Optimizer):
                 "zo.MeZO(params, model=model), or use a closure"
             )
         parts = [batch]
-        if isinstance(batch, list) and not (
-            batch and all(isinstance(b, Tensor) for b in batch)
-        ):
+        if isinstance(batch, list) and not (batch and all(isinstance(b, Tensor) for b in batch)):
             parts = batch
             if not parts:
                 raise ValueError("step got an empty list of micro-batches")
@@ -466,9 +429,7 @@ class MeZO(torch.optim.Optimizer):
             ]
         else:
             rows = [[0.0] * count]
-            rows += [
-                [eps if k == i else 0.0 for k in range(count)] for i in range(count)
-            ]
+            rows += [[eps if k == i else 0.0 for k in range(count)] for i in range(count)]
         width = self.max_branches or len(rows)
         parts = []
         for start in range(0, len(rows), width):
@@ -527,19 +488,13 @@ class MeZO(torch.optim.Optimizer):
     def _project(self, losses: Sequence[float]) -> tuple[tuple[float, ...], ...]:
         """Projected gradients ``[groups][directions]``."""
         if self.estimator == "central":
-            differences = [
-                (p - m) / 2 for p, m in zip(losses[::2], losses[1::2], strict=True)
-            ]
+            differences = [(p - m) / 2 for p, m in zip(losses[::2], losses[1::2], strict=True)]
         else:
             differences = [moved - losses[0] for moved in losses[1:]]
-        return tuple(
-            tuple(d / float(g["eps"]) for d in differences) for g in self.param_groups
-        )
+        return tuple(tuple(d / float(g["eps"]) for d in differences) for g in self.param_groups)
 
     def _clipped(self, gradient: float) -> float:
-        return (
-            gradient if self.clip is None else max(-self.clip, min(self.clip, gradient))
-        )
+        return gradient if self.clip is None else max(-self.clip, min(self.clip, gradient))
 
     def _recent(self, now: _Past) -> tuple[_Past, ...]:
         """The momentum window with ``now`` in it, oldest first."""
@@ -548,9 +503,7 @@ class MeZO(torch.optim.Optimizer):
 
     def _terms(
         self, now: _Past
-    ) -> tuple[
-        tuple[int, ...], tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]
-    ]:
+    ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
         """Seeds ``[K]``, coefficients and decay ``[groups][K]`` of the update.
 
         The newest direction comes last: its seed, fresh in every step, keys the rounding.
@@ -568,14 +521,8 @@ class MeZO(torch.optim.Optimizer):
                 weight = -lr * mu ** (now.step - past.step) / len(past.seeds)
                 row += (weight * g for g in gradients)
             coeffs.append(fp32(row))
-            decay.append(
-                fp32([1.0 - lr * float(group["weight_decay"]), *[1.0] * (len(row) - 1)])
-            )
-        return (
-            tuple(s for past in window for s in past.seeds),
-            tuple(coeffs),
-            tuple(decay),
-        )
+            decay.append(fp32([1.0 - lr * float(group["weight_decay"]), *[1.0] * (len(row) - 1)]))
+        return (tuple(s for past in window for s in past.seeds), tuple(coeffs), tuple(decay))
 
     def _update(
         self,
@@ -593,11 +540,7 @@ class MeZO(torch.optim.Optimizer):
         ends = [k == len(seeds) - 1 for k in range(len(seeds))]
         try:
             for index, members in enumerate(self._groups):
-                factors = (
-                    decay[index]
-                    if decay and any(d != 1.0 for d in decay[index])
-                    else None
-                )
+                factors = decay[index] if decay and any(d != 1.0 for d in decay[index]) else None
                 if members and not _targets.idle(coeffs[index], factors):
                     _targets.update_(
                         members,
@@ -706,19 +649,12 @@ def _accept_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
     """Check a state dict before torch takes it, and keep what torch does not know."""
     assert isinstance(optimizer, MeZO)
     if _STATE_KEY not in state_dict:
-        raise ValueError(
-            f"the state dict has no {_STATE_KEY!r}: it is of another optimizer"
-        )
+        raise ValueError(f"the state dict has no {_STATE_KEY!r}: it is of another optimizer")
     saved = state_dict[_STATE_KEY]
     try:
-        for label, known in (
-            ("format", _STATE_FORMAT),
-            ("contract_version", CONTRACT_VERSION),
-        ):
+        for label, known in (("format", _STATE_FORMAT), ("contract_version", CONTRACT_VERSION)):
             if saved[label] != known:
-                raise UnknownVersionError(
-                    f"{label} must be {known}; got {saved[label]!r}"
-                )
+                raise UnknownVersionError(f"{label} must be {known}; got {saved[label]!r}")
         clip = saved["clip"]
         incoming: dict[str, Any] = {
             "seed": signed_seed(int(saved["seed"])),
@@ -745,9 +681,7 @@ def _accept_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
             _check_group(group)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the state dict is damaged: {error!r}") from error
-    for i, (ours, theirs) in enumerate(
-        zip(optimizer.param_groups, groups, strict=False)
-    ):
+    for i, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
         names = theirs.get("param_names", ours["param_names"])
         for mine, name in zip(ours["param_names"], names, strict=False):
             if mine != name:
@@ -763,9 +697,7 @@ def _sources(
 ) -> tuple[nn.Module | None, list[dict[str, Any]]]:
     """The model, if known, and parameter groups of (name, parameter) pairs."""
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module or None; got {type(model).__name__}"
-        )
+        raise TypeError(f"model must be a torch.nn.Module or None; got {type(model).__name__}")
     whole = params.model if isinstance(params, Binding) else params
     if isinstance(whole, nn.Module):
         whole = unwrap(whole)
@@ -773,9 +705,7 @@ def _sources(
             raise ValueError("model must be None, or the module given as params")
         if isinstance(params, Binding):
             params.check()
-            named: list[tuple[str, Tensor]] = [
-                (p.name, p.tensor) for p in params.params
-            ]
+            named: list[tuple[str, Tensor]] = [(p.name, p.tensor) for p in params.params]
         else:
             named = [(n, p) for n, p in whole.named_parameters() if p.requires_grad]
         if not named:
@@ -794,9 +724,7 @@ def _sources(
     listed: list[dict[str, Any]] = []
     for group in groups:
         if not isinstance(group, dict) or "params" not in group:
-            raise TypeError(
-                "every parameter group must be a dict with the key 'params'"
-            )
+            raise TypeError("every parameter group must be a dict with the key 'params'")
         listed.append({**group, "params": _named(group["params"], holder)})
     return holder, listed
 
@@ -806,26 +734,18 @@ def _named(params: Any, model: nn.Module | None) -> list[tuple[str, Tensor]]:
     if isinstance(params, Tensor):
         params = [params]
     if isinstance(params, set):
-        raise TypeError(
-            "parameters must be in an ordered collection such as a list; got a set"
-        )
+        raise TypeError("parameters must be in an ordered collection such as a list; got a set")
     names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
     named: dict[int, tuple[str, Tensor]] = {}
     for entry in params:
-        name, tensor = (
-            entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
-        )
+        name, tensor = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
         if not isinstance(tensor, Tensor) or not isinstance(name, (str, type(None))):
             raise TypeError(
                 f"parameters must be tensors or (name, tensor) pairs; got {type(entry).__name__}"
             )
         if model is not None:
             if id(tensor) not in names:
-                label = (
-                    f"parameter {name!r}"
-                    if name
-                    else f"a parameter {tuple(tensor.shape)}"
-                )
+                label = f"parameter {name!r}" if name else f"a parameter {tuple(tensor.shape)}"
                 raise ValueError(f"{label} does not belong to the model")
             name = names[id(tensor)]
         if name is None:
@@ -840,11 +760,7 @@ def _named(params: Any, model: nn.Module | None) -> list[tuple[str, Tensor]]:
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     output = model(**batch)
-    loss = (
-        output.get("loss")
-        if isinstance(output, Mapping)
-        else getattr(output, "loss", None)
-    )
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(
             "the model's output has no loss: put labels into the batch, or give a loss_fn"
@@ -854,9 +770,7 @@ def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def _scalar(value: Any, source: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{source} must return a tensor, the loss; got {type(value).__name__}"
-        )
+        raise TypeError(f"{source} must return a tensor, the loss; got {type(value).__name__}")
     if value.numel() != 1:
         raise ValueError(
             f"{source} must be a scalar; got shape {tuple(value.shape)}: reduce it, with mean() say"

@@ -171,11 +171,7 @@ class Trajectory:
     # --- reading and writing records --------------------------------------------------------------
 
     def begin(
-        self,
-        groups: Sequence[Sequence[BoundParameter]],
-        *,
-        distribution: str,
-        rounding: str,
+        self, groups: Sequence[Sequence[BoundParameter]], *, distribution: str, rounding: str
     ) -> None:
         """Say which parameters move, in which groups. Repeated calls add a layout when it changed.
 
@@ -190,17 +186,13 @@ class Trajectory:
         """
         check_distribution(distribution)
         check_rounding(rounding)
-        layout: Layout = tuple(
-            tuple(ParameterRecord.of(p) for p in group) for group in groups
-        )
+        layout: Layout = tuple(tuple(ParameterRecord.of(p) for p in group) for group in groups)
         for label, had, now in (
             ("distribution", self.distribution or distribution, distribution),
             ("rounding", self.rounding or rounding, rounding),
         ):
             if had != now:
-                raise TrajectoryError(
-                    f"the trajectory has {label} {had!r}; got {now!r}"
-                )
+                raise TrajectoryError(f"the trajectory has {label} {had!r}; got {now!r}")
         self._check_layout(layout)
         if self.distribution is None:
             if self._file is not None:
@@ -236,9 +228,7 @@ class Trajectory:
             OSError: the file cannot be written. Nothing is added.
         """
         if not self.layouts:
-            raise TrajectoryError(
-                "call begin() before append(): the parameter groups are unknown"
-            )
+            raise TrajectoryError("call begin() before append(): the parameter groups are unknown")
         count = len(seeds)
         record = Step(
             int(step),
@@ -313,13 +303,7 @@ class Trajectory:
             return NotImplemented
         return all(
             getattr(self, name) == getattr(other, name)
-            for name in (
-                "contract_version",
-                "distribution",
-                "rounding",
-                "layouts",
-                "steps",
-            )
+            for name in ("contract_version", "distribution", "rounding", "layouts", "steps")
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -442,9 +426,7 @@ class Trajectory:
         """
         data = self._encode()
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}."
-        )
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -547,11 +529,7 @@ class Trajectory:
             names = {record.name for record in wanted}
             held = {n: p for n, p in unwrap(model).named_parameters() if n in names}
         elif isinstance(model, Mapping):
-            held = {
-                record.name: model[record.name]
-                for record in wanted
-                if record.name in model
-            }
+            held = {record.name: model[record.name] for record in wanted if record.name in model}
         elif isinstance(model, (Binding, NamedTensors)):
             model.check()
             held = {p.name: p.tensor for p in model.params}
@@ -587,9 +565,7 @@ class Trajectory:
         for group in layout:
             for record in group:
                 if record.name in seen:
-                    raise TrajectoryError(
-                        f"parameter {record.name!r} stands in two groups"
-                    )
+                    raise TrajectoryError(f"parameter {record.name!r} stands in two groups")
                 seen.add(record.name)
                 if known.get(record.name, record) != record:
                     raise ModelMismatchError(
@@ -604,9 +580,7 @@ class Trajectory:
                 f"{record.step} (truncate({record.step}) drops the records from there on)"
             )
         for label, rows in (("coeffs", record.coeffs), ("decay", record.decay)):
-            if (label == "coeffs" or rows) and [len(r) for r in rows] != [
-                count
-            ] * groups:
+            if (label == "coeffs" or rows) and [len(r) for r in rows] != [count] * groups:
                 raise TrajectoryError(
                     f"{label} must be [{groups}][{count}] numbers; got rows of "
                     f"{[len(r) for r in rows]}"
@@ -614,9 +588,7 @@ class Trajectory:
             for row in rows:
                 for value in row:
                     if not math.isfinite(value):
-                        raise TrajectoryError(
-                            f"{label} must be finite in float32; got {value!r}"
-                        )
+                        raise TrajectoryError(f"{label} must be finite in float32; got {value!r}")
         if len(record.ends) != count or (count and not record.ends[-1]):
             raise TrajectoryError(
                 f"ends must be {count} flags, the last of them True; got {record.ends}"
@@ -631,11 +603,7 @@ class Trajectory:
         self._tail = (len(magic) + len(record), chain)
 
     def _header(self, distribution: str, rounding: str) -> bytes:
-        fields = {
-            "distribution": distribution,
-            "rounding": rounding,
-            "metadata": self.metadata,
-        }
+        fields = {"distribution": distribution, "rounding": rounding, "metadata": self.metadata}
         return _json(fields, "metadata")
 
     def _write(self, kind: int, payload: bytes) -> None:
@@ -699,14 +667,10 @@ class Trajectory:
                 f"{path} is no trajectory: it must start with {_SIGNATURE!r}; got {start[:4]!r}"
             )
         if len(start) < _MAGIC.size:
-            raise TruncatedTrajectoryError(
-                f"{path} ends inside the magic, at byte {len(start)}"
-            )
+            raise TruncatedTrajectoryError(f"{path} ends inside the magic, at byte {len(start)}")
         _, form, version = _MAGIC.unpack(start)
         if form != _FORMAT:
-            raise TrajectoryVersionError(
-                f"{path}: format must be {_FORMAT}; got {form}"
-            )
+            raise TrajectoryVersionError(f"{path}: format must be {_FORMAT}; got {form}")
         if version != CONTRACT_VERSION:
             raise TrajectoryVersionError(
                 f"{path}: noise contract version must be {CONTRACT_VERSION}; got {version}"
@@ -726,9 +690,7 @@ class Trajectory:
             if _CHECKSUM.unpack_from(data, body + length) != (chain,):
                 raise CorruptTrajectoryError(f"{where}: wrong checksum")
             if first != (kind == _HEADER_RECORD):
-                raise CorruptTrajectoryError(
-                    f"{where}: the header must be the first record"
-                )
+                raise CorruptTrajectoryError(f"{where}: the header must be the first record")
             try:
                 self._take(kind, data[body : body + length], mark)
             except (CorruptTrajectoryError, TrajectoryVersionError):
@@ -802,9 +764,7 @@ def _seal(kind: int, payload: bytes, chain: int) -> tuple[bytes, int]:
 
 
 def _encode_layout(layout: Layout) -> bytes:
-    groups = [
-        [[r.name, r.id, list(r.shape), r.dtype] for r in group] for group in layout
-    ]
+    groups = [[[r.name, r.id, list(r.shape), r.dtype] for r in group] for group in layout]
     return _json({"groups": groups}, "layout")
 
 
@@ -819,9 +779,7 @@ def _decode_layout(payload: memoryview) -> Layout:
                 or not all(isinstance(n, int) and n >= 0 for n in shape)
                 or not isinstance(getattr(torch, dtype, None), torch.dtype)
             ):
-                raise CorruptTrajectoryError(
-                    f"bad parameter {[name, number, shape, dtype]}"
-                )
+                raise CorruptTrajectoryError(f"bad parameter {[name, number, shape, dtype]}")
             records.append(ParameterRecord(name, number, tuple(shape), dtype))
         groups.append(tuple(records))
     return tuple(groups)
@@ -831,10 +789,7 @@ def _encode_step(step: Step) -> bytes:
     return b"".join(
         [
             _STEP.pack(
-                step.step,
-                len(step.seeds),
-                len(step.coeffs),
-                _HAS_DECAY if step.decay else 0,
+                step.step, len(step.seeds), len(step.coeffs), _HAS_DECAY if step.decay else 0
             ),
             _pack("q", step.seeds),
             *(_pack("f", row) for row in step.coeffs),
@@ -852,9 +807,7 @@ def _decode_step(payload: memoryview, layout: int) -> Step:
     tables = 2 if flags & _HAS_DECAY else 1
     size = _STEP.size + 8 * count + 4 * tables * groups * count + count
     if len(payload) < size:
-        raise CorruptTrajectoryError(
-            f"{count} terms need {size} bytes; got {len(payload)}"
-        )
+        raise CorruptTrajectoryError(f"{count} terms need {size} bytes; got {len(payload)}")
     at = _STEP.size
 
     def take(code: str, width: int) -> tuple[Any, ...]:
