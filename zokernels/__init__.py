@@ -17,6 +17,7 @@ from zokernels.branches import (
     dual_loss,
 )
 from zokernels.capture import capture
+from zokernels.losses import causal_lm_loss, linear_cross_entropy
 from zokernels.noise import CONTRACT_VERSION, derive_seed
 
 __version__ = "0.1.0"
@@ -31,9 +32,11 @@ __all__ = [
     "bind",
     "branches",
     "capture",
+    "causal_lm_loss",
     "derive_seed",
     "directions",
     "displaced",
     "dual_loss",
+    "linear_cross_entropy",
     "use_backend",
 ]

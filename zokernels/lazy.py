@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from zokernels._checks import DTYPES
 from zokernels.binding import Binding, BoundParameter
+from zokernels.losses import linear_cross_entropy
 
 # Parameters of at most this many elements (norm weights, biases, small tables) are displaced in
 # float32 whatever their dtype: eps * z is below one bfloat16 ulp of a norm weight near 1.
@@ -685,6 +686,38 @@ def _rms_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         )
 
     return call(*args, **kwargs)
+
+
+@_handles(linear_cross_entropy)
+def _linear_cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, targets, bias = args
+    if not isinstance(weight, LazyParameter) or weight.dim() != 2 or weight.transposed:
+        return NotImplemented
+    state = weight.state
+    if isinstance(x, LazyParameter) or _autocast(weight) is not None or x.dtype != weight.dtype:
+        return NotImplemented
+    with DisableTorchFunctionSubclass():
+        labels, same = state.lower(targets)
+        rows = _vector(bias, state)
+        if not same or rows is NotImplemented:
+            return NotImplemented
+        physical, shared = state.lower(x)
+        seeds, coeffs = state.terms(weight.parameter, weight.matrix.device)
+        losses = _ops.linear_cross_entropy(
+            physical,
+            weight.matrix,
+            rows,
+            labels,
+            seeds,
+            coeffs,
+            weight.param_id,
+            weight.row_offset,
+            0,
+            state.distribution,
+            shared,
+            kwargs["ignore_index"],
+        )
+        return state.lift(losses)
 
 
 _ARITHMETIC = [

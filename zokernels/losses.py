@@ -1,0 +1,140 @@
+"""The language-model loss without logits: the head and its cross-entropy in one op, in chunks.
+
+For OPT-125M and 2 x 2048 tokens the logits are 823 MB and transformers makes several copies of them;
+here a chunk of the vocabulary exists at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch.overrides import handle_torch_function, has_torch_function
+
+# Settings of transformers configurations that put something between the head and the loss.
+_MORE_THAN_A_HEAD = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "logits_scale",
+    "lm_head_multiplier",
+    "output_logits_soft_cap",
+    "output_router_logits",
+    "is_encoder_decoder",
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Mean cross-entropy of ``softmax(x weight^T + bias)`` against ``targets``; forward only.
+
+    Args:
+        x: ``[tokens, hidden]``, of the dtype of ``weight``.
+        weight: ``[vocabulary, hidden]``.
+        targets: int64 ``[tokens]`` in [0, vocabulary), or ``ignore_index``.
+        bias: ``[vocabulary]`` or None.
+        ignore_index: target that does not count.
+
+    Returns:
+        0-d float32; NaN when no target counts, as in torch.
+
+    Raises:
+        ValueError, TypeError: a wrong shape or dtype.
+        IndexError: a target outside the vocabulary.
+    """
+    if has_torch_function((x, weight, bias)):
+        result: Tensor = handle_torch_function(
+            linear_cross_entropy,
+            tuple(t for t in (x, weight, bias) if t is not None),
+            x,
+            weight,
+            targets,
+            bias,
+            ignore_index=ignore_index,
+        )
+        return result
+    if torch.is_autocast_enabled(weight.device.type) or any(
+        t is not None and functorch.is_batchedtensor(t) for t in (weight, bias, targets)
+    ):
+        return F.cross_entropy(
+            F.linear(x, weight, bias).float(), targets, ignore_index=ignore_index
+        )
+    # A fixed head under moving layers: x alone carries the branches.
+    physical, level = x, None
+    if functorch.is_batchedtensor(x):
+        level = functorch.maybe_get_level(x)
+        physical = functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0)
+    count = 1 if level is None else physical.shape[0]
+    losses: Tensor = torch.ops.zokernels.linear_cross_entropy(
+        physical,
+        weight.detach(),
+        None if bias is None else bias.detach()[None].expand(count, -1),
+        targets,
+        torch.empty(0, dtype=torch.int64, device=weight.device),
+        torch.empty((count, 0), device=weight.device),
+        0,
+        0,
+        0,
+        "gaussian",
+        level is None,
+        ignore_index,
+    )
+    return losses[0] if level is None else functorch._add_batch_dim(losses, 0, level)
+
+
+def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss of a transformers causal language model, equal to ``model(**batch).loss``, no logits.
+
+    A ``loss_fn`` for :meth:`zokernels.MeZO.step` and :func:`zokernels.dual_loss`.
+
+    Args:
+        model: a ``...ForCausalLM`` model whose logits are a linear layer of the last hidden state; a
+            peft model of one.
+        batch: its keyword arguments, with ``labels`` ``[batch, tokens]`` (-100 does not count).
+
+    Returns:
+        0-d float32: mean over tokens ``t`` of the cross-entropy of the logits at ``t - 1`` against
+        ``labels[:, t]``.
+
+    Raises:
+        ValueError: no labels in the batch, or a model whose logits are more than that linear layer
+            (soft-capped, scaled).
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError("batch must have labels")
+    peft: Any = getattr(model, "get_base_model", None)
+    inner: Any = peft() if peft is not None else model
+    config: Any = getattr(inner, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for setting in _MORE_THAN_A_HEAD:
+        if getattr(config, setting, None) not in (None, 0, 1, 1.0):
+            raise ValueError(
+                f"causal_lm_loss needs logits that are a linear layer of the hidden state; "
+                f"{type(inner).__name__} has {setting}={getattr(config, setting)}"
+            )
+    find = getattr(inner, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if not isinstance(head, nn.Linear) or getattr(inner, "base_model", inner) is inner:
+        raise ValueError(
+            f"causal_lm_loss needs a transformers causal language model with a linear head; got "
+            f"{type(inner).__name__}"
+        )
+    rest = {key: value for key, value in batch.items() if key != "labels"}
+    hidden = inner.base_model(**rest, use_cache=False).last_hidden_state[:, :-1]
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype),
+        head.weight,
+        labels[:, 1:].reshape(-1),
+        head.bias,
+    )
