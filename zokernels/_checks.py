@@ -72,6 +72,8 @@ def _weight(
         raise ValueError(f"w must be a matrix; got shape {tuple(w.shape)}")
     _seeds(seeds, w.device)
     _coeffs(coeffs, (None, seeds.numel()), w.device)
+    if coeffs.shape[0] == 0:
+        raise ValueError("coeffs must have at least one branch (row); got none")
     _region(w.shape[0], w.shape[1], param_id, row_offset, col_offset)
 
 
@@ -188,10 +190,14 @@ def update_(
             f"decay must be float32 of shape [{terms}]; got {decay.dtype} of shape "
             f"{tuple(decay.shape)}"
         )
+    if decay is not None:
+        _device("decay", decay, params[0].device)
     if ends is not None and (ends.dtype != torch.bool or tuple(ends.shape) != (terms,)):
         raise TypeError(
             f"ends must be bool of shape [{terms}]; got {ends.dtype} of shape {tuple(ends.shape)}"
         )
+    if ends is not None:
+        _device("ends", ends, params[0].device)
     return device
 
 
@@ -235,6 +241,9 @@ def linear(
         raise ValueError(
             f"bias must have shape {(branches, fan_out)}; got shape {tuple(bias.shape)}"
         )
+    if bias is not None:
+        _dtype("bias", bias.dtype)
+        _device("bias", bias, w.device)
     return w.device.type
 
 
@@ -294,6 +303,7 @@ def linear_cross_entropy(
             f"targets must be int64 of shape [tokens] = {tuple(lead)}; got {targets.dtype} of shape "
             f"{tuple(targets.shape)}"
         )
+    _device("targets", targets, w.device)
     return device
 
 

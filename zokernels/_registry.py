@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from zokernels import _checks, _ops
 
@@ -45,30 +44,44 @@ _forced: str | None = None
 _table: dict[tuple[str, str], Kernel] = {}
 
 
+def _load(name: str) -> Backend:
+    module, devices = _KNOWN[name]
+    backend = Backend(name, devices)
+    try:
+        backend.kernels = dict(importlib.import_module(module).KERNELS)
+    except (ImportError, OSError, RuntimeError) as error:
+        backend.reason = f"{type(error).__name__}: {error}"
+    return backend
+
+
 def backends() -> dict[str, Backend]:
-    """All known backends, loaded or with the reason why not."""
+    """All known backends, loaded or with the reason why not.
+
+    Raises:
+        ValueError: ``ZOKERNELS_BACKEND`` names no backend. RuntimeError: the one it names is off.
+    """
+    global _forced
     if not _backends:
-        for name, (module, devices) in _KNOWN.items():
-            backend = Backend(name, devices)
-            try:
-                backend.kernels = dict(importlib.import_module(module).KERNELS)
-            except (ImportError, OSError, RuntimeError) as error:
-                backend.reason = f"{type(error).__name__}: {error}"
-            _backends[name] = backend
+        found = {name: _load(name) for name in _KNOWN}
         asked = os.environ.get("ZOKERNELS_BACKEND")
         if asked:
-            _force(asked)
+            _require(asked, found)
+            _forced = asked
+        _backends.update(found)  # last: a request that fails does so on every call
     return _backends
+
+
+def _require(name: str, known: dict[str, Backend]) -> None:
+    if name not in known:
+        raise ValueError(f"backend must be one of {sorted(known)}; got {name!r}")
+    if known[name].reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for but is off: {known[name].reason}")
 
 
 def _force(name: str | None) -> None:
     global _forced
     if name is not None:
-        known = backends()
-        if name not in known:
-            raise ValueError(f"backend must be one of {sorted(known)}; got {name!r}")
-        if known[name].reason is not None:
-            raise RuntimeError(f"backend {name!r} was asked for but is off: {known[name].reason}")
+        _require(name, backends())
     _forced = name
     _table.clear()
 

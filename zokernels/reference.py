@@ -115,7 +115,7 @@ def update_(
             for k in range(seeds.numel()):
                 z = noise.direction(*region, seeds[k], param_ids[i], *place, distribution)
                 acc = _fma(coeffs[k], z, acc if decay is None else acc * decay[k])
-                if ends is None or bool(ends[k]):
+                if ends is None or bool(ends[k]) or k == seeds.numel() - 1:
                     bits = None
                     if rounding == "stochastic" and param.dtype != torch.float32:
                         stream = noise.STREAM_UPDATE_ROUNDING
