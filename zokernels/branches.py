@@ -577,12 +577,13 @@ def _as_coeffs(coeffs: Coeffs, terms: int) -> Tensor:
         table = coeffs.detach().to(torch.float32)
     else:
         try:
-            table = torch.tensor([list(row) for row in coeffs], dtype=torch.float32)
+            rows = [[float(value) for value in row] for row in coeffs]
+            table = torch.tensor(rows, dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"coeffs must be [branches, {terms}] numbers; got {coeffs!r}"
             ) from error
-        if not torch.isfinite(table).all():
+        if not all(math.isfinite(value) for row in rows for value in row):
             raise ValueError(f"coeffs must be finite; got {coeffs!r}")
         if terms == 0:
             table = table.reshape(len(coeffs), 0)

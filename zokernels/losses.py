@@ -118,10 +118,11 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     config: Any = getattr(inner, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for setting in _MORE_THAN_A_HEAD:
-        if getattr(config, setting, None) not in (None, 0, 1, 1.0):
+        value = getattr(config, setting, None)
+        if value is True or value not in (None, False, 0, 1):
             raise ValueError(
                 f"causal_lm_loss needs logits that are a linear layer of the hidden state; "
-                f"{type(inner).__name__} has {setting}={getattr(config, setting)}"
+                f"{type(inner).__name__} has {setting}={value}"
             )
     find = getattr(inner, "get_output_embeddings", None)
     head = find() if find is not None else None
