@@ -11,10 +11,13 @@ parameter.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from zokernels import _checks
 
 NAMESPACE = "zokernels"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -54,7 +57,16 @@ for _name, _schema in SCHEMAS.items():
 
 def _fake(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
     def register(fake: Callable[..., object]) -> Callable[..., object]:
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        check = _checks.CHECKS[name]
+
+        # One tensor on the meta device sends a whole call here: without the check it would answer
+        # with uninitialised memory. Under tracing a bad argument fails when it is traced.
+        @functools.wraps(fake)
+        def checked(*args: object) -> object:
+            check(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", checked, lib=library)
         return fake
 
     return register

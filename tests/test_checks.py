@@ -1,0 +1,231 @@
+"""Each bad argument of each op: one specific error that names it, raised before anything changes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from zokernels import _checks, _ops
+
+ops = torch.ops.zokernels
+
+
+def good(op: str) -> dict[str, Any]:
+    """Valid arguments by name."""
+    torch.manual_seed(3)
+    w = torch.randn(4, 6)
+    terms = {"seeds": torch.tensor([1, 2]), "coeffs": torch.tensor([[0.1, 0.2], [0.3, 0.4]])}
+    place = {"param_id": 5, "row_offset": 0, "col_offset": 0, "distribution": "gaussian"}
+    x = torch.randn(2, 3, 6)
+    many = {"param_ids": [1, 2], "row_offsets": [], "col_offsets": []}
+    tensors = [torch.randn(4, 6), torch.randn(3)]
+    return {
+        "sample": {"rows": 2, "cols": 3, "seed": torch.tensor(1), **place},
+        "displace": {"w": w, **terms, **place, "rounding": "nearest", "dtype": None},
+        "displace_": {
+            "out": torch.randn(2, 4, 6), "w": w, **terms, **place, "rounding": "nearest",
+        },
+        "update_": {
+            "params": tensors, "seeds": terms["seeds"], "coeffs": torch.tensor([0.1, 0.2]),
+            "decay": torch.ones(2), "ends": torch.tensor([False, True]), **many,
+            "distribution": "gaussian", "rounding": "nearest",
+        },
+        "project": {
+            "vectors": tensors, "seeds": terms["seeds"], **many, "distribution": "gaussian",
+        },
+        "linear": {
+            "x": x, "w": w, "bias": torch.randn(2, 4), **terms, **place, "shared": False,
+            "transposed": False,
+        },
+        "embedding": {"ids": torch.tensor([[0, 1], [2, 3]]), "w": w, **terms, **place, "shared": False},
+        "linear_cross_entropy": {
+            "x": x, "w": w, "bias": None, "targets": torch.tensor([0, 1, 3]), **terms, **place,
+            "shared": False, "ignore_index": -100,
+        },
+    }[op]  # fmt: skip
+
+
+META = {"device": "meta"}
+WEIGHTED = ["displace", "displace_", "linear", "embedding", "linear_cross_entropy"]
+PLACED = ["sample", *WEIGHTED]
+MANY = ["update_", "project"]
+EVERY = list(_ops.SCHEMAS)
+
+Bad = tuple[list[str], dict[str, Any], type[Exception], str]
+
+BAD: list[Bad] = [
+    # --- shared by several ops
+    (EVERY, {"distribution": "cauchy"}, ValueError,
+     "distribution must be one of ['gaussian', 'rademacher']; got 'cauchy'"),
+    (["displace", "displace_", "update_"], {"rounding": "up"}, ValueError,
+     "rounding must be one of ['nearest', 'stochastic']; got 'up'"),
+    (WEIGHTED + MANY, {"seeds": torch.tensor([1, 2], dtype=torch.int32)}, TypeError,
+     "seeds must be an int64 vector; got torch.int32 of shape (2,)"),
+    (WEIGHTED + MANY, {"seeds": torch.tensor([[1, 2]])}, TypeError,
+     "seeds must be an int64 vector; got torch.int64 of shape (1, 2)"),
+    (WEIGHTED + MANY, {"seeds": torch.zeros(2, dtype=torch.int64, **META)}, ValueError,
+     "seeds must be on cpu like the weights; got meta"),
+    (WEIGHTED, {"coeffs": torch.zeros(2, 2, dtype=torch.float64)}, TypeError,
+     "coeffs must be float32 of shape [branches, 2]; got torch.float64 of shape (2, 2)"),
+    (WEIGHTED, {"coeffs": torch.zeros(2, 3)}, TypeError,
+     "coeffs must be float32 of shape [branches, 2]; got torch.float32 of shape (2, 3)"),
+    (WEIGHTED, {"coeffs": torch.zeros(2)}, TypeError,
+     "coeffs must be float32 of shape [branches, 2]; got torch.float32 of shape (2,)"),
+    (WEIGHTED, {"coeffs": torch.zeros(2, 2, **META)}, ValueError,
+     "coeffs must be on cpu like the weights; got meta"),
+    (WEIGHTED, {"coeffs": torch.zeros(0, 2)}, ValueError,
+     "coeffs must have at least one branch"),
+    (WEIGHTED, {"w": torch.zeros(4, 6, dtype=torch.float64)}, TypeError,
+     "w must be float32, bfloat16 or float16; got torch.float64"),
+    (WEIGHTED, {"w": torch.zeros(4, 6, 1)}, ValueError,
+     "w must be a matrix; got shape (4, 6, 1)"),
+    (PLACED, {"param_id": -1}, ValueError, "param_id must be in [0, 2**32); got -1"),
+    (PLACED, {"param_id": 2**32}, ValueError, "param_id must be in [0, 2**32); got 4294967296"),
+    (PLACED, {"row_offset": -1}, ValueError, "rows must stay in [0, 2**32); got row_offset -1"),
+    (PLACED, {"row_offset": 2**32}, ValueError, "rows must stay in [0, 2**32)"),
+    (PLACED, {"col_offset": -2}, ValueError, "columns must stay in [0, 2**34); got col_offset -2"),
+    (PLACED, {"col_offset": 2**34}, ValueError, "columns must stay in [0, 2**34)"),
+    # --- sample
+    (["sample"], {"seed": torch.tensor([1])}, TypeError,
+     "seed must be a 0-d int64 tensor; got torch.int64 (1,)"),
+    (["sample"], {"seed": torch.tensor(1.0)}, TypeError,
+     "seed must be a 0-d int64 tensor; got torch.float32 ()"),
+    (["sample"], {"rows": -1}, ValueError, "rows and cols must not be negative; got -1 and 3"),
+    (["sample"], {"cols": -3}, ValueError, "rows and cols must not be negative; got 2 and -3"),
+    # --- displace
+    (["displace"], {"dtype": torch.float64}, TypeError,
+     "dtype must be float32, bfloat16 or float16; got torch.float64"),
+    (["displace_"], {"out": torch.zeros(2, 4, 6, dtype=torch.float64)}, TypeError,
+     "dtype must be float32, bfloat16 or float16; got torch.float64"),
+    (["displace_"], {"out": torch.zeros(3, 4, 6)}, ValueError,
+     "out must have shape (2, 4, 6); got (3, 4, 6)"),
+    (["displace_"], {"out": torch.zeros(2, 4, 6, **META)}, ValueError,
+     "out must be on cpu like the weights; got meta"),
+    # --- many tensors
+    (["update_"], {"params": []}, ValueError, "params must not be empty"),
+    (["project"], {"vectors": []}, ValueError, "vectors must not be empty"),
+    (MANY, {"param_ids": [1]}, ValueError, "param_ids must have 2 entries; got 1"),
+    (MANY, {"param_ids": [1, 2**32]}, ValueError, "param_id must be in [0, 2**32); got 4294967296"),
+    (MANY, {"row_offsets": [1]}, ValueError,
+     "row_offsets must be empty or have 2 entries; got 1"),
+    (MANY, {"col_offsets": [1, 2, 3]}, ValueError,
+     "col_offsets must be empty or have 2 entries; got 3"),
+    (MANY, {"row_offsets": [0, -1]}, ValueError, "rows must stay in [0, 2**32); got row_offset -1"),
+    (["update_"], {"params": [torch.zeros(4, 6), torch.zeros(3, dtype=torch.int64)]}, TypeError,
+     "params[1] must be float32, bfloat16 or float16; got torch.int64"),
+    (["project"], {"vectors": [torch.zeros(4, 6), torch.zeros(3, dtype=torch.float64)]}, TypeError,
+     "vectors[1] must be float32, bfloat16 or float16; got torch.float64"),
+    (["update_"], {"params": [torch.zeros(4, 6), torch.zeros(3, **META)]}, ValueError,
+     "params[1] must be on cpu like the weights; got meta"),
+    (["update_"], {"coeffs": torch.zeros(3)}, TypeError,
+     "coeffs must be float32 of shape [2]; got torch.float32 of shape (3,)"),
+    (["update_"], {"coeffs": torch.zeros(1, 2)}, TypeError,
+     "coeffs must be float32 of shape [2]; got torch.float32 of shape (1, 2)"),
+    (["update_"], {"decay": torch.ones(3)}, TypeError,
+     "decay must be float32 of shape [2]; got torch.float32 of shape (3,)"),
+    (["update_"], {"decay": torch.ones(2, dtype=torch.float64)}, TypeError,
+     "decay must be float32 of shape [2]; got torch.float64"),
+    (["update_"], {"decay": torch.ones(2, **META)}, ValueError,
+     "decay must be on cpu like the weights; got meta"),
+    (["update_"], {"ends": torch.ones(2)}, TypeError,
+     "ends must be bool of shape [2]; got torch.float32"),
+    (["update_"], {"ends": torch.ones(1, dtype=torch.bool)}, TypeError,
+     "ends must be bool of shape [2]; got torch.bool of shape (1,)"),
+    (["update_"], {"ends": torch.ones(2, dtype=torch.bool, **META)}, ValueError,
+     "ends must be on cpu like the weights; got meta"),
+    # --- products
+    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 6, dtype=torch.bfloat16)}, TypeError,
+     "x must have the dtype of w, torch.float32; got torch.bfloat16"),
+    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 5)}, ValueError,
+     "x must end in a dimension of 6; got shape (2, 3, 5)"),
+    (["linear"], {"transposed": True}, ValueError,
+     "x must end in a dimension of 4; got shape (2, 3, 6)"),
+    (["linear", "linear_cross_entropy"], {"x": torch.zeros(6)}, ValueError,
+     "x must end in a dimension of 6; got shape (6,)"),
+    (["linear", "linear_cross_entropy"], {"x": torch.zeros(3, 3, 6)}, ValueError,
+     "x must start with 2 branches; got shape (3, 3, 6)"),
+    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 6, **META)}, ValueError,
+     "x must be on cpu like the weights; got meta"),
+    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(4)}, ValueError,
+     "bias must have shape (2, 4); got shape (4,)"),
+    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(2, 6)}, ValueError,
+     "bias must have shape (2, 4); got shape (2, 6)"),
+    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(2, 4, dtype=torch.int64)}, TypeError,
+     "bias must be float32, bfloat16 or float16; got torch.int64"),
+    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(2, 4, **META)}, ValueError,
+     "bias must be on cpu like the weights; got meta"),
+    (["embedding"], {"ids": torch.zeros(2, 2)}, TypeError,
+     "ids must be int64 or int32; got torch.float32"),
+    (["embedding"], {"ids": torch.zeros(3, 2, dtype=torch.int64)}, ValueError,
+     "ids must start with 2 branches; got shape (3, 2)"),
+    (["embedding"], {"ids": torch.tensor(0)}, ValueError,
+     "ids must start with 2 branches; got shape ()"),
+    (["embedding"], {"ids": torch.zeros(2, 2, dtype=torch.int64, **META)}, ValueError,
+     "ids must be on cpu like the weights; got meta"),
+    (["linear_cross_entropy"], {"targets": torch.tensor([0, 1])}, ValueError,
+     "targets must be int64 of shape [tokens] = (3,); got torch.int64 of shape (2,)"),
+    (["linear_cross_entropy"], {"targets": torch.tensor([0, 1, 2], dtype=torch.int32)}, ValueError,
+     "targets must be int64 of shape [tokens] = (3,); got torch.int32"),
+    (["linear_cross_entropy"], {"targets": torch.zeros(3, dtype=torch.int64, **META)}, ValueError,
+     "targets must be on cpu like the weights; got meta"),
+    (["linear_cross_entropy"],
+     {"x": torch.zeros(2, 2, 3, 6), "targets": torch.zeros(2, 3, dtype=torch.int64)}, ValueError,
+     "targets must be int64 of shape [tokens]"),
+]  # fmt: skip
+
+EACH = [
+    pytest.param(op, change, error, message, id=f"{op}-{'+'.join(change)}-{i}")
+    for i, (names, change, error, message) in enumerate(BAD)
+    for op in names
+]
+
+
+def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
+    found = []
+    for value in arguments.values():
+        values = value if isinstance(value, list) else [value]
+        found += [v for v in values if isinstance(v, Tensor) and v.device.type != "meta"]
+    return found
+
+
+@pytest.mark.parametrize(("op", "change", "error", "message"), EACH)
+def test_a_bad_argument_is_named_and_changes_nothing(op, change, error, message):
+    arguments = {**good(op), **change}
+    before = [t.clone() for t in tensors_of(arguments)]
+    with pytest.raises(error, match=re.escape(message)):
+        getattr(ops, op)(*arguments.values())
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(arguments), before, strict=True))
+
+
+@pytest.mark.parametrize("op", [*WEIGHTED, *MANY])
+def test_tracing_checks_too(op):
+    arguments = {**good(op), "seeds": torch.tensor([1.0, 2.0])}
+    with FakeTensorMode() as mode:
+        fake = tree_map_only(Tensor, mode.from_tensor, tuple(arguments.values()))
+        with pytest.raises(TypeError, match="seeds must be an int64 vector"):
+            getattr(ops, op)(*fake)
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_good_arguments_pass_and_say_the_device(op):
+    assert list(good(op)) == [a.name for a in getattr(ops, op).default._schema.arguments], (
+        "the test names arguments as the schema does"
+    )
+    assert _checks.CHECKS[op](*good(op).values()) == "cpu"
+    getattr(ops, op)(*good(op).values())
+
+
+def test_every_op_has_a_check():
+    assert set(_checks.CHECKS) == set(_ops.SCHEMAS)
+
+
+def test_the_edges_of_the_ranges_are_allowed():
+    arguments = good("sample")
+    arguments |= {"row_offset": 2**32 - 2, "col_offset": 2**34 - 3, "param_id": 2**32 - 1}
+    assert ops.sample(*arguments.values()).shape == (2, 3)
