@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -200,6 +201,10 @@ class Branches:
                         self.binding, {id(p.tensor): lazy.params[p.name] for p in swapped}
                     )
                     stack.enter_context(torch.no_grad())
+                    # A compiled model runs as it is: Dynamo would trace into the lazy parameters.
+                    # Without Dynamo loaded there is none, and loading it takes a second.
+                    if "torch._dynamo" in sys.modules:
+                        stack.enter_context(torch.compiler.set_stance("force_eager"))
                     if memory.low_precision or memory.autocast:
                         stack.enter_context(_Float32Losses())
                     yield
