@@ -143,7 +143,10 @@ class Branches:
         if not memory.checked:
             return self._first_use(memory, fn)
         try:
-            return self._stacked(memory, fn)
+            outputs = self._stacked(memory, fn)
+            if memory.lazy.state.low_precision and not memory.autocast:
+                return self._first_use(memory, fn)  # autocast is another computation: check it too
+            return outputs
         except Exception as error:
             if self.sequential is False or _out_of_memory(error):
                 raise
@@ -206,7 +209,7 @@ class Branches:
                     if "torch._dynamo" in sys.modules:
                         stack.enter_context(torch.compiler.set_stance("force_eager"))
                     if memory.low_precision or memory.autocast:
-                        stack.enter_context(_Float32Losses())
+                        stack.enter_context(_CompositeOps())
                     yield
                 finally:
                     for p in swapped:
@@ -276,17 +279,24 @@ class Branches:
         """Stack, compare with one branch at a time, and remember which of them to trust."""
         with _same_buffers(self.binding.model), _same_random_numbers(self.binding.device) as rewind:
             problem: str | None = None
+            failure: Exception | None = None
             stacked = None
-            try:
-                stacked = self._stacked(memory, fn)
-                if memory.lazy.state.low_precision and not memory.autocast:
-                    memory.autocast = True
-                    rewind()
+            for again in (False, True):
+                problem = None
+                try:
                     stacked = self._stacked(memory, fn)
-            except Exception as error:
-                if self.sequential is False or _out_of_memory(error):
-                    raise
-                problem = _reason(error)
+                except Exception as error:
+                    if _out_of_memory(error):
+                        raise
+                    problem = _reason(error)
+                    failure = error
+                if again or memory.autocast or not memory.lazy.state.low_precision:
+                    break
+                memory.autocast = True  # seen now: run again under its rules for composite ops
+                rewind()
+            if problem is not None and self.sequential is False:
+                assert failure is not None
+                raise failure
             used = set(memory.lazy.state.touched)
             formed = dict(memory.lazy.state.materialised)
             rewind()
@@ -666,14 +676,15 @@ def _swap_flat_weights(binding: Binding, swap: Mapping[int, Tensor]) -> None:
                 flat[i] = swap[id(weight)]
 
 
-class _Float32Losses(TorchFunctionMode):
-    """Losses of low-precision models in float32.
+class _CompositeOps(TorchFunctionMode):
+    """Precision of the ops that vmap takes apart before autocast sees them.
 
-    A bfloat16 loss near 4 has steps of 0.03, more than two probes differ by. This is also autocast's
-    own rule, which vmap would skip: it takes losses apart before autocast sees them.
+    Losses of low-precision models are taken in float32, under autocast (its own rule) and without it: a
+    bfloat16 loss near 4 has steps of 0.03, more than two probes differ by. Attention under autocast runs
+    in autocast's dtype.
     """
 
-    FUNCTIONS = frozenset(
+    LOSSES = frozenset(
         (
             F.cross_entropy,
             F.nll_loss,
@@ -694,13 +705,18 @@ class _Float32Losses(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in self.FUNCTIONS:
-            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs or {}))
+        if func in self.LOSSES:
+            args, kwargs = _cast((args, kwargs or {}), torch.float32)
+        elif func is F.scaled_dot_product_attention:
+            device = args[0].device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                args, kwargs = _cast((args, kwargs or {}), dtype)
         return func(*args, **(kwargs or {}))
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
 @contextlib.contextmanager
