@@ -1,0 +1,332 @@
+"""The C++ CPU backend: adapters from the ops' positional signatures to the native functions.
+
+The arithmetic is in ``csrc/cpu``; this module allocates outputs, makes inputs contiguous and turns a
+refused index into the error the reference raises. ``ZOKERNELS_CPU=avx512|avx2|portable`` chooses the
+instruction set; the results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zokernels._load import native_library
+
+_library = native_library("_zokernels_cpu")
+_library.zokernels_cpu_isa.restype = ctypes.c_char_p
+_library.zokernels_cpu_isas.restype = ctypes.c_char_p
+_library.zokernels_cpu_select.argtypes = [ctypes.c_char_p]
+_library.zokernels_cpu_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64]
+_library.zokernels_cpu_generate.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int64]
+_library.zokernels_cpu_generate.restype = ctypes.c_float
+
+_DISTRIBUTION = {"gaussian": 0, "rademacher": 1}
+_ROUNDING = {"nearest": 0, "stochastic": 1}
+
+_sample = torch.ops.zokernels_cpp.sample.default
+_displace = torch.ops.zokernels_cpp.displace_.default
+_update = torch.ops.zokernels_cpp.update_.default
+_project = torch.ops.zokernels_cpp.project.default
+_linear = torch.ops.zokernels_cpp.linear.default
+_embedding = torch.ops.zokernels_cpp.embedding.default
+_cross_entropy = torch.ops.zokernels_cpp.linear_cross_entropy.default
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets this machine can run, widest first."""
+    return str(_library.zokernels_cpu_isas().decode()).split(",")
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    return str(_library.zokernels_cpu_isa().decode())
+
+
+def use_instruction_set(name: str) -> None:
+    """Choose the instruction set of all following calls in this process.
+
+    Raises:
+        ValueError: ``name`` is not one of avx512, avx2, portable.
+        RuntimeError: this machine or build cannot run it.
+    """
+    status = _library.zokernels_cpu_select(name.encode())
+    if status == 1:
+        raise ValueError(
+            f"instruction set must be one of ['avx512', 'avx2', 'portable']; got {name!r}"
+        )
+    if status == 2:
+        raise RuntimeError(
+            f"instruction set {name!r} is not supported here; this machine runs {instruction_sets()}"
+        )
+
+
+def set_tile_sizes(*, tile_bytes: int = 768 << 10, min_rows: int = 64) -> None:
+    """How many bytes of displaced weights a tile of a product holds, and its least rows.
+
+    For measurements and tests: results of noise do not depend on it, products may in the last bit.
+    """
+    _library.zokernels_cpu_tiles(tile_bytes, min_rows)
+
+
+def generate(distribution: str, seed: int, groups: int) -> float:
+    """Draw ``256 * groups`` values in registers on the calling thread and return their sum.
+
+    This is the generator alone, with nothing loaded or stored: the noise floor of every op.
+    """
+    return float(_library.zokernels_cpu_generate(_DISTRIBUTION[distribution], seed, groups))
+
+
+def _vendor_supports(name: str) -> bool:
+    query = getattr(torch.ops.mkldnn, name, None)
+    return bool(query()) if query is not None else False
+
+
+_asked = os.environ.get("ZOKERNELS_CPU")
+if _asked:
+    try:
+        use_instruction_set(_asked)
+    except ValueError as error:
+        raise RuntimeError(f"ZOKERNELS_CPU: {error}") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"ZOKERNELS_CPU: {error}") from None
+# Where torch has no fast product for a half type, its tiles are multiplied in float32.
+_library.zokernels_cpu_widen(
+    int(not _vendor_supports("_is_mkldnn_bf16_supported")),
+    int(not _vendor_supports("_is_mkldnn_fp16_supported")),
+)
+
+
+def sample(
+    rows: int,
+    cols: int,
+    seed: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+) -> Tensor:
+    out: Tensor = _sample(
+        rows, cols, seed, param_id, row_offset, col_offset, _DISTRIBUTION[distribution]
+    )
+    return out
+
+
+def displace_(
+    out: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+) -> None:
+    dense = (
+        out
+        if out.stride(2) == 1 or out.shape[2] == 1
+        else torch.empty_like(out, memory_format=torch.contiguous_format)
+    )
+    _displace(
+        dense,
+        w,
+        seeds,
+        coeffs,
+        param_id,
+        row_offset,
+        col_offset,
+        _DISTRIBUTION[distribution],
+        _ROUNDING[rounding],
+    )
+    if dense is not out:
+        out.copy_(dense)
+    else:
+        torch.autograd.graph.increment_version(out)
+
+
+def displace(
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    out = w.new_empty((coeffs.shape[0], *w.shape), dtype=dtype or w.dtype)
+    _displace(
+        out,
+        w,
+        seeds,
+        coeffs,
+        param_id,
+        row_offset,
+        col_offset,
+        _DISTRIBUTION[distribution],
+        _ROUNDING[rounding],
+    )
+    return out
+
+
+def update_(
+    params: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decay: Tensor | None,
+    ends: Tensor | None,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+    rounding: str,
+) -> None:
+    _update(
+        params,
+        seeds,
+        coeffs,
+        decay,
+        ends,
+        param_ids,
+        row_offsets,
+        col_offsets,
+        _DISTRIBUTION[distribution],
+        _ROUNDING[rounding],
+    )
+    # Written behind torch's back: say so, as an in-place operator would.
+    torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
+
+
+def project(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+) -> Tensor:
+    out: Tensor = _project(
+        vectors, seeds, param_ids, row_offsets, col_offsets, _DISTRIBUTION[distribution]
+    )
+    return out
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> Tensor:
+    y: Tensor = _linear(
+        x.contiguous(),
+        w,
+        None if bias is None else bias.contiguous(),
+        seeds,
+        coeffs,
+        param_id,
+        row_offset,
+        col_offset,
+        _DISTRIBUTION[distribution],
+        shared,
+        transposed,
+    )
+    lead = x.shape[:-1] if shared else x.shape[1:-1]
+    return y if len(lead) == 1 else y.view(y.shape[0], *lead, y.shape[2])
+
+
+def embedding(
+    ids: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    try:
+        y: Tensor = _embedding(
+            ids.contiguous(),
+            w,
+            seeds,
+            coeffs,
+            param_id,
+            row_offset,
+            col_offset,
+            _DISTRIBUTION[distribution],
+            shared,
+        )
+    except RuntimeError:
+        _check_index("ids", ids, w.shape[0], "")
+        raise
+    lead = ids.shape if shared else ids.shape[1:]
+    return y if len(lead) == 1 else y.view(y.shape[0], *lead, y.shape[2])
+
+
+def _check_index(name: str, index: Tensor, size: int, also: str) -> None:
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+        raise IndexError(
+            f"{name} must be in [0, {size}){also}; got values from {int(index.min())} to "
+            f"{int(index.max())}"
+        ) from None
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    ignore_index: int,
+) -> Tensor:
+    try:
+        loss: Tensor = _cross_entropy(
+            x.contiguous(),
+            w,
+            None if bias is None else bias.contiguous(),
+            targets,
+            seeds,
+            coeffs,
+            param_id,
+            row_offset,
+            col_offset,
+            _DISTRIBUTION[distribution],
+            shared,
+            ignore_index,
+        )
+    except RuntimeError:
+        kept = targets[targets != ignore_index]
+        _check_index("targets", kept, w.shape[0], f" or ignore_index={ignore_index}")
+        raise
+    return loss
+
+
+KERNELS: dict[str, Callable[..., object]] = {
+    "sample": sample,
+    "displace": displace,
+    "displace_": displace_,
+    "update_": update_,
+    "project": project,
+    "linear": linear,
+    "embedding": embedding,
+    "linear_cross_entropy": linear_cross_entropy,
+}
