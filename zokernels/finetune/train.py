@@ -137,6 +137,13 @@ class Summary:
         }
 
 
+def _finished(before: Score, run: Run) -> str:
+    text = f"seed {run.seed}: held-out loss {before.loss:.4f} -> {run.after.loss:.4f}"
+    if before.accuracy is not None:
+        text += f", accuracy {before.accuracy:.4f} -> {run.after.accuracy:.4f}"
+    return text
+
+
 def environment() -> dict[str, Any]:
     """What a number depends on besides the configuration."""
     import transformers
@@ -172,21 +179,26 @@ def finetune(config: Config, console: Console) -> Summary:
     _write(folder / CONFIG, config.to_dict())
 
     runs: list[Run] = []
-    before: Score | None = None
-    model: nn.Module | None = None
     with _progress(console) as progress, _warnings_to(console):
+        model = models.load_model(config, config.seed)
+        _keep_adapter(model, folder, config)
+        moving = [p for p in model.parameters() if p.requires_grad]
+        # Later seeds start from the same weights.
+        start_weights = [p.detach().clone() for p in moving] if config.repeats > 1 else []
+        before = _before(_Trainer(config, prepared, model, config.seed, folder, progress), folder)
         for seed in config.seeds:
+            if runs:
+                with torch.no_grad():
+                    for parameter, saved in zip(moving, start_weights, strict=True):
+                        parameter.copy_(saved)
             place = folder / f"seed-{seed}"
             place.mkdir(exist_ok=True)
-            model = models.load_model(config, seed)
-            trainer = _Trainer(config, prepared, model, seed, place, progress)
-            if before is None:
-                before = _before(trainer, folder)
-            runs.append(trainer.run())
+            runs.append(_Trainer(config, prepared, model, seed, place, progress).run())
+            progress.console.print(_finished(before, runs[-1]), highlight=False)
             if config.save_weights:
                 model.save_pretrained(place / WEIGHTS)  # type: ignore[operator]
                 tokenizer.save_pretrained(place / WEIGHTS)
-        assert before is not None and model is not None
+        del start_weights
         comparison = _compare(config, prepared, model, progress) if config.compare_mezo else None
     summary = Summary(
         config,
@@ -237,7 +249,6 @@ class _Trainer:
 
     def run(self) -> Run:
         config, result = self.config, self.folder / RESULT
-        _keep_adapter(self.model, self.folder, config)
         journal = _open_journal(self.folder / JOURNAL, config, self.seed)
         if result.is_file():  # finished before: only its weights are wanted
             with journal:
@@ -418,8 +429,7 @@ def _compare(
     optimizer = make_optimizer(config, model, config.seed)
     indices = data_.order(len(prepared.train), config.batch_size, config.seed, 0)
     batch = data_.collate(prepared, [prepared.train[i] for i in indices], device)
-    rounds = 3
-    task = progress.add_task("MeZO's loop beside ours", total=3 * (rounds + 1), note="")
+    task = progress.add_task("MeZO's loop beside ours", total=None, note="")
     try:
         return compare(
             model,
@@ -429,7 +439,6 @@ def _compare(
             eps=config.eps,
             weight_decay=config.weight_decay,
             directions=config.num_directions,
-            rounds=rounds,
             progress=lambda: progress.advance(task),
         )
     finally:
@@ -472,7 +481,7 @@ def _open_journal(path: Path, config: Config, seed: int) -> Trajectory:
     metadata = {
         "base_model": config.model,
         "trainable": config.trainable,
-        "adapter_start": ADAPTER if config.trainable == "lora" else None,
+        "adapter_start": f"../{ADAPTER}" if config.trainable == "lora" else None,
         "seed": seed,
     }
     try:
