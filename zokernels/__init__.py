@@ -1,7 +1,15 @@
 """Zeroth-order fine-tuning with noise computed inside the kernels.
 
-``import zokernels as zo``: :func:`dual_loss` and :func:`branches` evaluate an unmodified model at
-displaced copies of its weights that never exist.
+::
+
+    import zokernels as zo
+
+    opt = zo.MeZO(model, lr=1e-6, eps=1e-3)       # a torch.optim.Optimizer
+    loss = opt.step(batch)                        # two probes in one stacked forward pass
+
+Underneath: :func:`dual_loss` and :func:`branches` evaluate an unmodified model at displaced copies of
+its weights that never exist; a :class:`Displacement` is a list of seeds and coefficients; a
+:class:`Trajectory` is a run, and replays bit for bit.
 """
 
 from zokernels import _ops as _ops
@@ -17,8 +25,12 @@ from zokernels.branches import (
     dual_loss,
 )
 from zokernels.capture import capture
+from zokernels.displacement import Displacement, UnknownVersionError
+from zokernels.groups import param_groups
 from zokernels.losses import causal_lm_loss, linear_cross_entropy
 from zokernels.noise import CONTRACT_VERSION, derive_seed
+from zokernels.optim import MeZO, NonFiniteLossError
+from zokernels.trajectory import Trajectory, TrajectoryError
 
 __version__ = "0.1.0"
 
@@ -27,8 +39,15 @@ __all__ = [
     "Binding",
     "BoundParameter",
     "Branches",
+    "Displacement",
+    "MeZO",
     "ModelChangedError",
+    "NonFiniteLossError",
     "StackingWarning",
+    "Trajectory",
+    "TrajectoryError",
+    "UnknownVersionError",
+    "__version__",
     "bind",
     "branches",
     "capture",
@@ -38,5 +57,6 @@ __all__ = [
     "displaced",
     "dual_loss",
     "linear_cross_entropy",
+    "param_groups",
     "use_backend",
 ]
