@@ -1,7 +1,7 @@
 """Shared fixtures: which backends are under test, and poisoned memory.
 
-``ZOKERNELS_TEST_REQUIRE=reference,cpp`` names backends that must be usable: a run without one of them
-stops with an error instead of passing on what is left.
+``ZOKERNELS_TEST_REQUIRE=reference,cpp`` names backends that must be usable: a run without one of
+them stops with an error instead of passing on what is left.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def available_backends() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Shapes are tiny: a second thread only waits (20 times slower on a busy machine). Tests of thread
-    # independence ask for threads themselves.
+    # Shapes are tiny: a second thread only waits (20 times slower on a busy machine). Tests of
+    # thread independence ask for threads themselves.
     torch.set_num_threads(1)
     known = _registry.backends()
     for name in REQUIRED:

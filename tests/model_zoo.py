@@ -1,8 +1,8 @@
 """Tiny randomly initialised models of many families, each with a batch that fits it.
 
 Nothing is downloaded. Initial weights of most families leave every logit near zero and norms at
-exactly one, where a wrong displacement hides; :func:`build` moves every parameter by noise of the size
-of a trained model's spread, so that each one matters to the loss.
+exactly one, where a wrong displacement hides; :func:`build` moves every parameter by noise of the
+size of a trained model's spread, so that each one matters to the loss.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ CASES: dict[str, Case] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A model of a family in evaluation mode, every parameter moved off its special initial value."""
+    """A model of a family in evaluation mode, every parameter moved off its initial value."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CASES[name].make()

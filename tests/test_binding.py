@@ -1,4 +1,4 @@
-"""Which parameters of a model move, under which names and ids, and when a binding no longer fits."""
+"""Which parameters of a model move, under which names and ids; when a binding no longer fits."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_sparse_parameters_are_refused():
         zo.bind(model)
 
 
-# --- the model changes --------------------------------------------------------------------------------
+# --- the model changes ----------------------------------------------------------------------------
 
 
 def replace(model: nn.Module) -> None:

@@ -203,7 +203,9 @@ def test_the_ways_to_select_agree(name, select):
     if select == "names":
         params = names
     elif select == "predicate":
-        params = lambda n, p: n in names
+
+        def params(n, p):
+            return n in names
     else:
         for n, p in model.named_parameters():
             p.requires_grad_(n in names)
@@ -242,7 +244,7 @@ def test_padding_is_masked_in_every_branch(name):
             close(a, b, 1e-6)
 
 
-# --- dropout: common random numbers -------------------------------------------------------------------
+# --- dropout: common random numbers ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sequential", [None, True])
@@ -250,7 +252,10 @@ def test_padding_is_masked_in_every_branch(name):
 def test_branches_share_the_dropout_mask(name, sequential):
     model = zoo.build(name).train()
     batch = zoo.lm_batch()
-    fn = lambda: model(**batch).loss
+
+    def fn():
+        return model(**batch).loss
+
     same = zo.branches(model, [1], [[0.0], [0.0]], sequential=sequential)
     for _ in range(3):  # the first use, with its checks, and later ones
         losses = same(fn)
@@ -272,7 +277,10 @@ def test_branches_share_the_dropout_mask(name, sequential):
 def test_an_evaluation_draws_as_many_random_numbers_as_one_forward(sequential):
     model = zoo.build("opt").train()
     batch = zoo.lm_batch()
-    fn = lambda: model(**batch).loss
+
+    def fn():
+        return model(**batch).loss
+
     both = zo.branches(model, [9], [[EPS], [-EPS]], sequential=sequential)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -284,7 +292,7 @@ def test_an_evaluation_draws_as_many_random_numbers_as_one_forward(sequential):
         assert torch.equal(torch.rand(3), wanted)
 
 
-# --- low precision ------------------------------------------------------------------------------------
+# --- low precision --------------------------------------------------------------------------------
 
 
 def batch_in(batch: Any, dtype: torch.dtype) -> Any:
@@ -334,8 +342,8 @@ def check_low_precision(name: str, dtype: torch.dtype, autocast: bool) -> None:
         assert len(said) <= 1, said
     else:
         assert len(said) == (0 if zoo.CASES[name].stacks else 1), said
-    # At most twice what torch itself loses at this precision, over four directions. Eight losses are
-    # few, and now and then all of torch's are lucky: a sixteenth of a unit roundoff on top.
+    # At most twice what torch itself loses at this precision, over four directions. Eight losses
+    # are few, and now and then all of torch's are lucky: a sixteenth of a unit roundoff on top.
     floor = torch.finfo(dtype).eps / 2 / 16 * abs(truth)
     assert rms(ours) <= 2 * rms(theirs) + floor, (rms(ours), rms(theirs), floor)
 
@@ -355,11 +363,16 @@ def test_autocast_loses_no_more_than_in_place_perturbation(name):
 def test_a_probe_of_bfloat16_norms_is_not_rounded_away(name):
     """At eps 1e-3 a norm weight near 1 (ulp 0.008) displaced in bfloat16 would not move at all."""
     model = zoo.build(name, torch.bfloat16)
-    norms = [n for n, p in model.named_parameters() if p.dim() == 1 and "norm" in n or ".ln_" in n]
+    norms = [
+        n for n, p in model.named_parameters() if (p.dim() == 1 and "norm" in n) or ".ln_" in n
+    ]
     assert len(norms) >= 4
     wide = zoo.build(name, torch.bfloat16).float()
     batch = zoo.lm_batch()
-    fn = lambda m: lambda: m(**batch).logits
+
+    def fn(m):
+        return lambda: m(**batch).logits
+
     eps = 1e-3
     z = zo.directions(wide, seed=6, params=norms)
     at = []

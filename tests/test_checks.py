@@ -1,4 +1,4 @@
-"""Each bad argument of each op: one specific error that names it, raised before anything changes."""
+"""Each bad argument of each op: one specific error that names it, before anything changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def good(op: str) -> dict[str, Any]:
             "x": x, "w": w, "bias": torch.randn(2, 4), **terms, **place, "shared": False,
             "transposed": False,
         },
-        "embedding": {"ids": torch.tensor([[0, 1], [2, 3]]), "w": w, **terms, **place, "shared": False},
+        "embedding": {
+            "ids": torch.tensor([[0, 1], [2, 3]]), "w": w, **terms, **place, "shared": False,
+        },
         "linear_cross_entropy": {
             "x": x, "w": w, "bias": None, "targets": torch.tensor([0, 1, 3]), **terms, **place,
             "shared": False, "ignore_index": -100,
@@ -140,7 +142,7 @@ BAD: list[Bad] = [
     (["update_"], {"ends": torch.ones(2, dtype=torch.bool, **META)}, ValueError,
      "ends must be on cpu like the weights; got meta"),
     # --- products
-    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 6, dtype=torch.bfloat16)}, TypeError,
+    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 6).to(torch.bfloat16)}, TypeError,
      "x must have the dtype of w, torch.float32; got torch.bfloat16"),
     (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 5)}, ValueError,
      "x must end in a dimension of 6; got shape (2, 3, 5)"),

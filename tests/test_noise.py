@@ -1,9 +1,10 @@
 """The noise contract: exact values, independence of tiling, statistics, rounding.
 
 Statistical tests have fixed seeds, so they are deterministic; ``Z_BOUND`` and ``P_BOUND`` say how
-unlikely a correct generator would have been to fail them at the time they were written: 4.5 standard
-deviations is 7e-6 two-sided, and a p-value bound is itself the probability. Normals are bounded by
-5.77, where a true normal has probability 8e-9 left: no moment or KS distance below can see that.
+unlikely a correct generator would have been to fail them at the time they were written: 4.5
+standard deviations is 7e-6 two-sided, and a p-value bound is itself the probability. Normals are
+bounded by 5.77, where a true normal has probability 8e-9 left: no moment or KS distance below can
+see that.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def known_answers() -> list[tuple[int, tuple[int, ...], tuple[int, ...], tuple[i
     return rows
 
 
-# --- one element at a time, in Python integers: the contract's prose without any vectorisation -------
+# --- one element at a time, in Python integers: the contract's prose without any vectorisation ----
 
 
 def one_block(word0: int, row: int, pid: int, stream: int, seed: int) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ def one_rounding(row: int, col: int, seed: int, pid: int, stream: int) -> int:
     return w >> 16 if (col // 256) % 2 else w & 0xFFFF
 
 
-# --- Philox -------------------------------------------------------------------------------------------
+# --- Philox ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rounds", "counter", "key", "expected"), known_answers())
@@ -119,7 +120,7 @@ def test_vectorised_philox_is_the_integer_one(counters, pid, stream, seed):
     ]
 
 
-# --- values against the prose -------------------------------------------------------------------------
+# --- values against the prose ---------------------------------------------------------------------
 
 EDGE_COLUMNS = [
     0,
@@ -175,7 +176,7 @@ def test_uniform_is_exact_in_float32_and_has_the_cheap_form(word):
 
 
 def test_gaussian_bound_is_reached_by_the_smallest_uniform_and_never_passed():
-    assert noise.GAUSSIAN_BOUND == pytest.approx(math.sqrt(-2 * math.log(2.0**-24)), rel=1e-15)
+    assert pytest.approx(math.sqrt(-2 * math.log(2.0**-24)), rel=1e-15) == noise.GAUSSIAN_BOUND
     z = noise.gaussian(256, 2048, seed_of(11), 1)
     assert 4.5 < float(z.abs().max()) <= noise.GAUSSIAN_BOUND
 
@@ -187,7 +188,7 @@ def test_direction_picks_the_distribution():
     assert torch.equal(noise.direction(*args, "rademacher"), noise.rademacher(*args))
 
 
-# --- position only: tiles, order, offsets -------------------------------------------------------------
+# --- position only: tiles, order, offsets ---------------------------------------------------------
 
 
 def draw(kind: str, rows: int, cols: int, seed: int, pid: int, r0: int, c0: int) -> torch.Tensor:
@@ -266,7 +267,7 @@ def test_empty_regions():
         assert draw(kind, 5, 0, 1, 1, 0, 300).shape == (5, 0)
 
 
-# --- identity: seeds, names, shapes -------------------------------------------------------------------
+# --- identity: seeds, names, shapes ---------------------------------------------------------------
 
 
 @given(seed=U64)
@@ -352,7 +353,7 @@ def test_matrix_shape(shape, matrix):
     assert noise.matrix_shape(torch.Size(shape)) == matrix
 
 
-# --- statistics ---------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 ROWS, COLS = 256, 4096
 N = ROWS * COLS
@@ -505,7 +506,7 @@ def test_signs_are_uncorrelated(signs, lag):
 def test_rounding_bits_are_uniform_and_independent(stream):
     r = noise.rounding_bits(128, 2048, seed_of(7), 5, stream)
     assert r.dtype == torch.int64
-    assert 0 <= int(r.min()) and int(r.max()) <= 0xFFFF
+    assert int(r.min()) >= 0 and int(r.max()) <= 0xFFFF
     flat = r.flatten().numpy()
     for byte in (flat & 0xFF, flat >> 8):
         assert scipy.stats.chisquare(np.bincount(byte, minlength=256)).pvalue > P_BOUND
@@ -529,13 +530,13 @@ def test_streams_are_independent():
         assert abs(z_score(streams[1], y)) < Z_BOUND
 
 
-# --- rounding -----------------------------------------------------------------------------------------
+# --- rounding -------------------------------------------------------------------------------------
 
 LOW = [torch.bfloat16, torch.float16]
 
 
 def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The representable values around a finite |x|, infinity counting as the one above the largest."""
+    """Representable values around a finite x, infinity counting as the one above the largest."""
     bits16 = torch.tensor(abs(x), dtype=torch.float32).to(dtype)
     raw = int(bits16.view(torch.int16))
     if float(bits16) > abs(x):

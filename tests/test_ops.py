@@ -1,8 +1,8 @@
 """Every op on every usable backend: schema, fake implementation, value, offsets, layouts.
 
-Values are compared with the formula in float64, from the noise of :mod:`zokernels.noise`. Rademacher
-noise and integers are equal on every backend, so there the comparison is exact; normals may differ by
-2e-6 absolute.
+Values are compared with the formula in float64, from the noise of :mod:`zokernels.noise`.
+Rademacher noise and integers are equal on every backend, so there the comparison is exact; normals
+may differ by 2e-6 absolute.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def by_fma(w: Tensor, seeds: Tensor, row: Tensor, pid: int, distribution: str) -
     return acc
 
 
-# --- schema, fake, registration -----------------------------------------------------------------------
+# --- schema, fake, registration -------------------------------------------------------------------
 
 
 def cases() -> dict[str, list[tuple[Any, ...]]]:
@@ -112,7 +112,18 @@ def cases() -> dict[str, list[tuple[Any, ...]]]:
                 "gaussian",
                 "nearest",
             ),
-            ([wb.clone()], *(SEEDS, TABLE[0].clone()), None, None, [5], [2], [9], "gaussian", "stochastic"),
+            (
+                [wb.clone()],
+                SEEDS,
+                TABLE[0].clone(),
+                None,
+                None,
+                [5],
+                [2],
+                [9],
+                "gaussian",
+                "stochastic",
+            ),
         ],
         "project": [
             ([rand(3, 20), rand(7, dtype=torch.bfloat16)], SEEDS, [1, 2], [], [], "gaussian"),
@@ -124,7 +135,7 @@ def cases() -> dict[str, list[tuple[Any, ...]]]:
             (rand(5, 6), w, rand(2, 40), *one, *place, "rademacher", True, True),
             (rand(3, 6), w, None, *both, *place, "gaussian", False, True),
             (rand(3, 0, 40), w, None, *both, *place, "gaussian", False, False),
-            (rand(2, 5, 40, dtype=torch.float16), w.half(), None, *one, *place, "gaussian", False, False),
+            (rand(2, 5, 40).half(), w.half(), None, *one, *place, "gaussian", False, False),
         ],
         "embedding": [
             (ids, w, *both, *place, "gaussian", True),
@@ -184,7 +195,7 @@ def test_no_random_state_and_no_gradient(backend, op, i):
     torch.set_rng_state(state)
 
 
-# --- values -------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
@@ -256,12 +267,12 @@ def test_linear(backend, distribution, dtype, transposed, shared, with_bias):
     if bias is not None:
         want = want + bias.double()[:, None, None]
     eps = torch.finfo(dtype).eps
-    # Rounded weights (half a unit each), float32 accumulation, rounded results: before and after the
-    # bias.
+    # Rounded weights (half a unit each), float32 accumulation, results rounded before and after
+    # the bias.
     bound = eps * magnitude + fan_in * 2.0**-24 * magnitude + eps * (want.abs() + magnitude.sqrt())
     bound = bound + NOISE_ATOL * TABLE.abs().sum() * xs.abs().sum(-1, keepdim=True)
     assert bool(((y.double() - want).abs() <= bound).all())
-    # In the root mean square, far tighter: at most twice what torch loses with the weights written out.
+    # In the root mean square, far tighter: at most twice what torch loses with written weights.
     written = wg.to(dtype)
     plain = torch.stack([(xs[g].to(dtype) @ written[g]) for g in range(3)]).double()
     if bias is not None:
@@ -356,7 +367,7 @@ def test_linear_cross_entropy_refuses_targets_outside_the_vocabulary(backend, ba
         )
 
 
-# --- updates ------------------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 SHAPES: list[tuple[int, ...]] = [(5, 300), (70,), (2, 3, 130), ()]
 
@@ -386,7 +397,7 @@ def update(
 @pytest.mark.parametrize("rounding", noise.ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_update_is_the_formula(backend, dtype, rounding):
-    """Exact: decay, fused multiply-add, and one rounding at each end, with the bits of that term."""
+    """Exact: decay, fused multiply-add, one rounding at each end with the bits of that term."""
     seeds, coeffs = seeds_of(3, 4, 5), torch.tensor([0.01, -0.02, 0.5])
     decay = torch.tensor([0.75, 1.0, 0.999])
     for ends in (None, [True] * 3, [False, True, True], [False, False, True]):
@@ -449,7 +460,7 @@ def test_update_probe_and_sample_share_one_direction(backend):
 
 
 def test_stochastic_update_keeps_the_mean_where_nearest_stands_still(backend):
-    """Steps of 1/50 of a bfloat16 ulp: rounding to nearest never moves, stochastic drifts as asked."""
+    """Steps of 1/50 of a bfloat16 ulp: nearest never moves, stochastic drifts as asked."""
     w = torch.ones(64, 256, dtype=torch.bfloat16)
     count, step = 50, 2.0**-7 / 50
     seeds = torch.tensor([noise.derive_seed(1, k) for k in range(count)])
@@ -504,7 +515,7 @@ def test_update_of_a_leaf_that_requires_grad_counts_as_a_change(backend):
         y.backward()
 
 
-# --- projections --------------------------------------------------------------------------------------
+# --- projections ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
@@ -531,7 +542,7 @@ def test_project_of_the_direction_itself_is_its_norm(backend):
     assert abs(other) < 4.5 * 32 * 16  # independent directions: sqrt(8192) = 90 standard deviation
 
 
-# --- offsets: a shard is a slice of the whole ---------------------------------------------------------
+# --- offsets: a shard is a slice of the whole -----------------------------------------------------
 
 CUTS = [(0, 2, 0, 300), (2, 6, 0, 256), (1, 5, 33, 300), (3, 4, 64, 65)]
 
@@ -593,7 +604,7 @@ def test_vocabulary_shards_of_the_loss(backend):
     torch.testing.assert_close(whole, want, rtol=1e-5, atol=1e-6)
 
 
-# --- layouts, threads, special values -----------------------------------------------------------------
+# --- layouts, threads, special values -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -604,11 +615,21 @@ def test_layout_of_the_inputs_does_not_matter(backend, dtype):
         lambda t: torch.stack([t, t], dim=-1)[..., 0],
         lambda t: F.pad(t, (3, 5))[..., 3:-5],
     ]
-    run = lambda x, w: ops.linear(x, w, None, SEEDS, TABLE, PID, 0, 0, "gaussian", False, False)
-    show = lambda w: ops.displace(w, SEEDS, TABLE, PID, 0, 0, "gaussian", "nearest", None)
+
+    def run(x, w):
+        return ops.linear(x, w, None, SEEDS, TABLE, PID, 0, 0, "gaussian", False, False)
+
+    def show(w):
+        return ops.displace(w, SEEDS, TABLE, PID, 0, 0, "gaussian", "nearest", None)
+
     ids = torch.tensor([3, 11, 0])
-    look = lambda w: ops.embedding(ids, w, SEEDS, TABLE, PID, 0, 0, "gaussian", True)
-    dot = lambda w: ops.project([w], SEEDS, [PID], [], [], "gaussian")
+
+    def look(w):
+        return ops.embedding(ids, w, SEEDS, TABLE, PID, 0, 0, "gaussian", True)
+
+    def dot(w):
+        return ops.project([w], SEEDS, [PID], [], [], "gaussian")
+
     for layout in layouts:
         assert torch.equal(layout(w), w)
         assert torch.equal(show(layout(w)), show(w))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Give the registry other backends for one test: name -> kernels, or the error of its import."""
+    """Give the registry other backends for one test: name -> kernels, or its import error."""
 
     def install(
         known: dict[str, tuple[dict[str, Any] | Exception, tuple[str, ...]]], env: str | None = None
