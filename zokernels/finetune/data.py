@@ -1,8 +1,9 @@
 """Examples from files and datasets, encoded for a causal language model.
 
-Three tasks: ``text`` (documents joined and cut into blocks), ``completion`` (loss on what follows a
-prompt) and ``classify`` (label words scored after a prompt, as MeZO does). Which examples a step sees
-depends on the seed and the step alone, so a resumed run sees what the first one would have seen.
+Three tasks: ``text`` (documents joined and cut into blocks), ``completion`` (loss on what follows
+a prompt) and ``classify`` (label words scored after a prompt, as MeZO does). Which examples a step
+sees depends on the seed and the step alone, so a resumed run sees what the first one would have
+seen.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
 
-# --- reading ----------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(source: str, option: str = "--data") -> list[Record]:
@@ -162,7 +163,7 @@ def _read_dataset(source: str, option: str) -> list[Record]:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{option}: {source} is neither a file nor a dataset that can be loaded: {_one_line(error)}"
+            f"{option}: {source} is neither a file nor a loadable dataset: {_one_line(error)}"
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded:
@@ -171,7 +172,7 @@ def _read_dataset(source: str, option: str) -> list[Record]:
     return [dict(row) for row in loaded]
 
 
-# --- encoding ---------------------------------------------------------------------------------------
+# --- encoding -------------------------------------------------------------------------------------
 
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -219,7 +220,7 @@ def _limited(config: Config, prepared: Prepared) -> Prepared:
 
 
 def _split(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records: a fixed shuffle; copies of a held-out record leave training."""
+    """Training and held-out records by a fixed shuffle; no record is in both."""
     order = torch.randperm(
         len(records), generator=torch.Generator().manual_seed(_SPLIT_SEED)
     ).tolist()
@@ -276,8 +277,8 @@ def _text(
         return train, blocks(held)
     if len(train) < 2:
         raise UserError(
-            f"--data {config.data} gives {len(train)} block of {config.max_length} tokens, too few to "
-            f"hold some out: give more text, a smaller --max-length, or --eval-data"
+            f"--data {config.data} gives {len(train)} block of {config.max_length} tokens, too few "
+            f"to hold some out: give more text, a smaller --max-length, or --eval-data"
         )
     count = min(len(train) - 1, max(1, round(len(train) * config.eval_fraction)))
     return train[:-count], train[-count:]
@@ -317,7 +318,7 @@ def _label_words(
     missing = [value for value in present if value not in words]
     if missing:
         raise UserError(
-            f"--verbalizer has no word for label {missing[0]!r}; it has words for {', '.join(words)}"
+            f"--verbalizer has no word for label {missing[0]!r}, only for {', '.join(words)}"
         )
     if len(words) < 2:
         raise UserError(f"--label-column {column} needs two labels or more; got {present}")
@@ -358,7 +359,7 @@ def _classify(
     return Example(tuple(tokens), label=label)
 
 
-# --- batches ----------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 def order(count: int, batch_size: int, seed: int, step: int) -> list[int]:

@@ -17,7 +17,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def resident() -> tuple[int, int]:
-    """Resident bytes now, and their high-water mark (on systems without ``/proc`` both the mark)."""
+    """Resident bytes now, and their high-water mark (both the mark where there is no ``/proc``)."""
     if _STATUS.exists():
         fields = dict(
             line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line
@@ -44,7 +44,7 @@ class Peak:
         before: bytes held when it was entered.
         peak: highest number of bytes held inside.
 
-    Where the high-water mark cannot be reset (no ``/proc``), ``peak`` is that of the process so far.
+    Where the high-water mark cannot be reset (no ``/proc``) ``peak`` is the process's so far.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from zokernels.finetune.config import Config, UserError, _one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 KEYWORDS = (
     "full, lora, norms, biases, layers:SLICE, regex:PATTERN, joined by + (union) and & (both)"
@@ -25,8 +25,9 @@ KEYWORDS = (
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and notes."""
-    from transformers.utils import logging
+    from transformers.utils import logging as logging_
 
+    logging: Any = logging_
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -54,7 +55,7 @@ def device_of(config: Config) -> torch.device:
         raise UserError(f"--device must be auto, cpu or cuda[:N]; got {config.device!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {config.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
+            f"--device {config.device}: torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
 
@@ -70,12 +71,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     _check_path(name)
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(name)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"--model {name}: no tokenizer: {_one_line(error)}") from error
+    return tokenizer
 
 
-def load_model(config: Config, seed: int) -> PreTrainedModel | nn.Module:
+def load_model(config: Config, seed: int) -> nn.Module:
     """The model in evaluation mode, with ``requires_grad`` on the parameters that move.
 
     New adapter weights (LoRA) are drawn from ``seed``.
@@ -102,7 +104,8 @@ def load_model(config: Config, seed: int) -> PreTrainedModel | nn.Module:
         names = select(model, config.trainable)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
-    return model.eval()
+    loaded: nn.Module = model
+    return loaded.eval()
 
 
 def _check_path(name: str) -> None:
@@ -132,7 +135,7 @@ def add_lora(model: nn.Module, config: Config, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            adapted: nn.Module = get_peft_model(model, options)  # type: ignore[arg-type]
+            adapted: nn.Module = get_peft_model(model, options)
         except ValueError as error:
             raise UserError(f"--trainable lora: {_one_line(error)}") from error
     return adapted
@@ -141,11 +144,11 @@ def add_lora(model: nn.Module, config: Config, seed: int) -> nn.Module:
 def select(model: nn.Module, selection: str) -> set[str]:
     """Names of the parameters a selection stands for.
 
-    ``full``; ``norms`` (every parameter of a normalisation); ``biases``; ``layers:SLICE`` (blocks of
-    the model's longest stack by Python slice or comma-separated indices: ``layers:-4:``,
-    ``layers:0,5``); ``regex:PATTERN`` (searched in the qualified name; it takes the rest of the
-    text). ``a+b`` is the union and ``a&b`` the intersection, which binds stronger:
-    ``layers:-6:&norms``.
+    ``full``; ``norms`` (every parameter of a normalisation); ``biases``; ``layers:SLICE``
+    (blocks of the model's largest stack by Python slice or comma-separated indices:
+    ``layers:-4:``, ``layers:0,5``); ``regex:PATTERN`` (searched in the qualified name; at the start
+    it takes the whole text). ``a+b`` is the union and ``a&b`` the intersection, which binds
+    stronger: ``layers:-6:&norms``.
 
     Raises:
         UserError: a malformed selection, or one that selects nothing.
@@ -160,8 +163,8 @@ def select(model: nn.Module, selection: str) -> set[str]:
             chosen |= set.intersection(*parts)
     if not chosen:
         raise UserError(
-            f"--trainable {selection} selects no parameter of {type(model).__name__} (names look like "
-            f"{min(names)!r})"
+            f"--trainable {selection} selects no parameter of {type(model).__name__} (names look "
+            f"like {min(names)!r})"
         )
     return chosen
 
@@ -212,5 +215,6 @@ def _layers(model: nn.Module, names: set[str], text: str) -> set[str]:
 
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether ``model.forward`` names an argument (of the base model under adapters)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holder: Any = model
+    inner = holder.get_base_model() if hasattr(model, "get_base_model") else holder
     return argument in inspect.signature(inner.forward).parameters

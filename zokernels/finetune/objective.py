@@ -53,7 +53,7 @@ class Objective:
         return self._log_likelihoods(model, batch)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross entropy of every predicted token and 1 where there is one: float32 ``[N, T - 1]``."""
+        """Cross entropy of the predicted tokens, and 1 where one is: float32 ``[N, width]``."""
         assert batch.labels is not None
         keep = batch.labels[:, 1:] != -100
         # Left padding: what is predicted lies in the last columns.

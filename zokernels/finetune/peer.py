@@ -120,7 +120,7 @@ def compare(
     seconds: float = 20.0,
     progress: Callable[[], object] = lambda: None,
 ) -> Comparison:
-    """Measure our step and MeZO's in turns; the weights are moved, so use a model that is done with.
+    """Measure our step and MeZO's in turns. The weights are moved: use a model that is done with.
 
     Args:
         model: with ``requires_grad`` on what moves.

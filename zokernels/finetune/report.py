@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from zokernels.finetune.train import PICTURE, Score, Summary
+from zokernels.finetune.objective import Score
+from zokernels.finetune.train import PICTURE, Summary
 
 
 def picture(summary: Summary, path: Path) -> None:
@@ -127,7 +128,8 @@ def _verdict(summary: Summary) -> str:
         text = f"held-out {name} {sign * mean:+.4f}"
         if error is not None:
             beyond = "more than" if mean > error else "NOT more than"
-            text += f" ± {error:.4f} over {len(summary.runs)} seeds (better by {beyond} its standard error)"
+            seeds = f"{len(summary.runs)} seeds"
+            text += f" ± {error:.4f} over {seeds} (better by {beyond} its standard error)"
         parts.append(text)
     return "; ".join(parts)
 
@@ -136,9 +138,9 @@ def _costs(summary: Summary) -> list[str]:
     run = summary.runs[-1]
     lines = [
         (
-            f"time per step {1e3 * run.seconds_per_step:.0f} ms; memory {_mib(run.memory_before)} before the "
-            f"first step, peak {_mib(run.memory_peak)} during steps "
-            f"(+{_mib(max(run.memory_peak - run.memory_before, 0))})"
+            f"time per step {1e3 * run.seconds_per_step:.0f} ms; memory "
+            f"{_mib(run.memory_before)} before the first step, peak {_mib(run.memory_peak)} during "
+            f"steps (+{_mib(max(run.memory_peak - run.memory_before, 0))})"
         )
     ]
     if any(r.skipped for r in summary.runs):
@@ -146,18 +148,16 @@ def _costs(summary: Summary) -> list[str]:
     c = summary.comparison
     if c is not None:
         lines.append(
-            f"beside MeZO's own loop, same model and batch, in turns ({c.rounds} rounds, medians): ours "
-            f"{1e3 * c.ours:.0f} ms (+{_mib(c.peak_ours)}), MeZO's, the faster of its variants "
-            f"({c.variant}), {1e3 * c.mezo:.0f} ms (+{_mib(c.peak_mezo)}): {c.ratio:.2f}x"
+            f"beside MeZO's own loop, same model and batch, in turns ({c.rounds} rounds, medians): "
+            f"ours {1e3 * c.ours:.0f} ms (+{_mib(c.peak_ours)}), MeZO's, the faster of its "
+            f"variants ({c.variant}), {1e3 * c.mezo:.0f} ms (+{_mib(c.peak_mezo)}): {c.ratio:.2f}x"
         )
         lines.append(
-            f"weights after {c.drift_steps} probing steps without an update: MeZO's loop has moved them by "
-            f"{c.drift:.1e} of their norm; ours never writes them"
+            f"weights after {c.drift_steps} probing steps without an update: MeZO's loop has moved "
+            f"them by {c.drift:.1e} of their norm; ours never writes them"
         )
     folder = Path(summary.config.output)
-    lines.append(
-        f"total {summary.seconds:.0f} s; everything is in {folder}, the picture is {folder / PICTURE}"
-    )
+    lines.append(f"total {summary.seconds:.0f} s; results in {folder}, picture {folder / PICTURE}")
     return lines
 
 

@@ -2,8 +2,8 @@
 
 The folder of a run holds ``config.json``, ``summary.json``, ``loss.png`` and for each seed
 ``metrics.jsonl``, ``trajectory.zo`` (the journal: the fine-tuned model as seeds and numbers),
-``checkpoint.json`` and ``result.json``. A resumed run loads the base model, replays the journal up to
-the checkpoint and goes on, bit for bit as if it had never stopped.
+``checkpoint.json`` and ``result.json``. A resumed run loads the base model, replays the journal up
+to the checkpoint and goes on, bit for bit as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ class _Trainer:
         note = f"loss {recent:.4f}  lr {lr:.2e}  |g| {mean_g:.2f}  {speed:.2f} it/s"
         self.progress.update(task, advance=1, note=note)
 
-    # --- going on -----------------------------------------------------------------------------------
+    # --- going on ---------------------------------------------------------------------------------
 
     def _checkpoint(self, optimizer: MeZO, history: _History) -> None:
         state = {"optimizer": optimizer.state_dict(), "history": dataclasses.asdict(history)}
@@ -349,8 +349,8 @@ class _Trainer:
             history = _History.of(saved["history"])
         if journal.next_step < optimizer.num_steps:
             raise UserError(
-                f"{self.folder / JOURNAL} ends at step {journal.next_step}, before the checkpoint's "
-                f"{optimizer.num_steps}: the run cannot be resumed; start it again in another --output"
+                f"--resume: {self.folder / JOURNAL} ends at step {journal.next_step}, before the "
+                f"checkpoint's {optimizer.num_steps}: start again in another --output"
             )
         journal.truncate(optimizer.num_steps)
         if len(journal):
@@ -469,7 +469,8 @@ def _open_folder(config: Config, folder: Path) -> None:
             raise UserError(f"--resume: {changed}; a resumed run must have the same options")
     elif existing:
         raise UserError(
-            f"--output {folder} already holds a run: add --resume to go on with it, or name another folder"
+            f"--output {folder} already holds a run: add --resume to go on with it, or name "
+            f"another folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -494,7 +495,7 @@ def _open_journal(path: Path, config: Config, seed: int) -> Trajectory:
 
 
 def _keep_adapter(model: nn.Module, folder: Path, config: Config) -> None:
-    """New adapter weights are part of what the trajectory starts from: kept, and loaded on resume."""
+    """Keep new adapter weights, which the trajectory starts from; load them when they are kept."""
     if config.trainable != "lora":
         return
     from safetensors.torch import load_file, save_file
@@ -561,5 +562,5 @@ def _warnings_to(console: Console) -> Iterator[None]:
         console.print(f"[yellow]{category.__name__}[/]: {message}", highlight=False)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield
