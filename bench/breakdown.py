@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -49,9 +50,7 @@ def linear_calls(model: nn.Module, batch: models.Batch) -> list[tuple[Tensor, Te
     """Input and weight of every ``nn.Linear`` call of one plain forward."""
     calls: list[tuple[Tensor, Tensor]] = []
     hooks = [
-        m.register_forward_pre_hook(
-            lambda m, args: calls.append((args[0].clone(), m.weight))
-        )
+        m.register_forward_pre_hook(lambda m, args: calls.append((args[0].clone(), m.weight)))
         for m in model.modules()
         if isinstance(m, nn.Linear)
     ]
@@ -88,6 +87,11 @@ def traffic(model: nn.Module) -> Callable[[], None]:
     return run
 
 
+def annotation(event: FunctionEvent) -> bool:
+    """Whether an event marks a region (``Optimizer.step``) and is no operation itself."""
+    return event.is_user_annotation or event.name.startswith("Optimizer.")
+
+
 def op_seconds(step: Callable[[], object]) -> tuple[float, dict[str, float]]:
     """Wall seconds of one profiled step, and those inside outermost ops by group."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
@@ -97,7 +101,7 @@ def op_seconds(step: Callable[[], object]) -> tuple[float, dict[str, float]]:
     spent = {"weights": 0.0, "update": 0.0, "other": 0.0}
     main = None
     for event in record.events():
-        if event.cpu_parent is not None:
+        if annotation(event) or not (event.cpu_parent is None or annotation(event.cpu_parent)):
             continue
         main = event.thread if main is None else main
         if event.thread != main:
@@ -135,9 +139,7 @@ def rows(
 
         return run
 
-    cases: dict[str, Callable[[], object]] = {
-        d: dual(model, batch, d) for d in noise.DISTRIBUTIONS
-    }
+    cases: dict[str, Callable[[], object]] = {d: dual(model, batch, d) for d in noise.DISTRIBUTIONS}
     cases |= {
         "gemm": gemm(linear_calls(model, batch)),
         "update_traffic": traffic(model),
@@ -154,9 +156,7 @@ def rows(
     out: list[harness.Row] = []
     for distribution in noise.DISTRIBUTIONS:
         total = timings.stat(distribution).median
-        profiled = sorted(
-            (op_seconds(cases[distribution]) for _ in range(3)), key=lambda p: p[0]
-        )
+        profiled = sorted((op_seconds(cases[distribution]) for _ in range(3)), key=lambda p: p[0])
         wall, spent = profiled[1]
         scale = total / wall
         products = timings.stat("gemm").median

@@ -49,9 +49,7 @@ def relative(model: PreTrainedModel, start: list[Tensor]) -> float:
     return (moved / norm) ** 0.5
 
 
-def stepper(
-    case: str, model: PreTrainedModel, batch: models.Batch
-) -> Callable[[int], object]:
+def stepper(case: str, model: PreTrainedModel, batch: models.Batch) -> Callable[[int], object]:
     """One step with lr = 0, given its number.
 
     Raises:
@@ -95,12 +93,8 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 1000,
     every: Annotated[int, typer.Option(help="Steps between readings.", min=1)] = 50,
     dtype: Annotated[str, typer.Option(help="Comma separated.")] = "fp32,bf16,fp16",
-    threads: Annotated[
-        int, typer.Option(help="The model is small: one thread is best.")
-    ] = 1,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the results.")
-    ] = None,
+    threads: Annotated[int, typer.Option(help="The model is small: one thread is best.")] = 1,
+    results: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
 ) -> None:
     """Measure the drift of MeZO's loop and of ours."""
     used = torch.get_num_threads()

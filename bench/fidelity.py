@@ -46,9 +46,7 @@ KEY = ("model", "eps", "compute", "form")
 Weights = dict[str, Tensor]
 
 
-def probe(
-    w: Tensor, z: Tensor, step: float, form: str, bits: Tensor | None = None
-) -> Tensor:
+def probe(w: Tensor, z: Tensor, step: float, form: str, bits: Tensor | None = None) -> Tensor:
     """One parameter of the probe ``w + step z``, in float32, as a form represents it.
 
     Args:
@@ -100,15 +98,11 @@ class LowPrecisionProducts(TorchFunctionMode):
 
 
 @torch.inference_mode()
-def loss_at(
-    model: PreTrainedModel, weights: Weights, batch: models.Batch, compute: str
-) -> float:
+def loss_at(model: PreTrainedModel, weights: Weights, batch: models.Batch, compute: str) -> float:
     """Loss with float32 ``weights`` in place of the model's."""
 
     def evaluate() -> float:
-        return float(
-            torch.func.functional_call(model, weights, (), dict(batch)).loss.double()
-        )
+        return float(torch.func.functional_call(model, weights, (), dict(batch)).loss.double())
 
     if compute == "fp32":
         return evaluate()
@@ -139,8 +133,7 @@ def projected_gradients(
         z = zo.directions(low, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         bits = {
-            n: torch.randint(0, 1 << 16, p.shape, generator=generator)
-            for n, p in start.items()
+            n: torch.randint(0, 1 << 16, p.shape, generator=generator) for n, p in start.items()
         }
 
         def truth(step: float, z: Weights = z) -> float:
@@ -160,8 +153,7 @@ def projected_gradients(
                     model: PreTrainedModel = model,
                 ) -> float:
                     moved = {
-                        n: probe(p.detach(), z[n], step, form, bits[n])
-                        for n, p in start.items()
+                        n: probe(p.detach(), z[n], step, form, bits[n]) for n, p in start.items()
                     }
                     return loss_at(model, moved, batch, compute)
 
@@ -188,16 +180,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     seeds: Annotated[int, typer.Option(help="Directions, text model.", min=2)] = 64,
-    large_seeds: Annotated[
-        int, typer.Option(help="Directions, OPT-125M; 0 leaves it out.")
-    ] = 8,
+    large_seeds: Annotated[int, typer.Option(help="Directions, OPT-125M; 0 leaves it out.")] = 8,
     eps: Annotated[str, typer.Option(help="Comma separated.")] = "1e-3,1e-2",
-    pretraining: Annotated[
-        int, typer.Option(help="Backpropagation steps, text model.")
-    ] = 600,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the results.")
-    ] = None,
+    pretraining: Annotated[int, typer.Option(help="Backpropagation steps, text model.")] = 600,
+    results: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
 ) -> None:
     """Compare the forms a bfloat16 probe can take."""
     console = Console(width=120)
@@ -214,9 +200,7 @@ def main(
         for step in map(float, harness.listed(eps)):
             values = projected_gradients(model, batch, eps=step, seeds=count)
             truth = values["fp32", "truth"]
-            table = Table(
-                title=f"{name}, eps {step:g}, {count} directions", title_justify="left"
-            )
+            table = Table(title=f"{name}, eps {step:g}, {count} directions", title_justify="left")
             for column in ("activations", "form", "correlation", "slope", "error"):
                 table.add_column(column)
             for (compute, form), g in values.items():
@@ -229,9 +213,7 @@ def main(
                     "compute": compute,
                     "form": form,
                 }
-                rows.append(
-                    {**base, "seeds": count, **{k: round(v, 5) for k, v in s.items()}}
-                )
+                rows.append({**base, "seeds": count, **{k: round(v, 5) for k, v in s.items()}})
                 table.add_row(compute, form, *(f"{v:.4f}" for v in s.values()))
             console.print(table)
     torch.set_num_threads(used)
@@ -252,8 +234,7 @@ def plot(rows: list[harness.Row], path: Path) -> None:
             if (r["model"], r["eps"]) == (model, eps)
         }
         series = {
-            f"{c} activations": [error.get((c, f), float("nan")) for f in forms]
-            for c in COMPUTE
+            f"{c} activations": [error.get((c, f), float("nan")) for f in forms] for c in COMPUTE
         }
         plots.grouped_bars(ax, forms, series, fmt="{:.2f}")
         ax.set_title(f"{model}, eps {eps:g}", fontsize=10)

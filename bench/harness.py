@@ -48,9 +48,7 @@ class Stat:
         """
         if not len(values):
             raise ValueError("values must hold at least one measurement; got none")
-        low, mid, high = np.percentile(
-            np.asarray(values, dtype=np.float64), [20, 50, 80]
-        )
+        low, mid, high = np.percentile(np.asarray(values, dtype=np.float64), [20, 50, 80])
         return cls(float(mid), float(low), float(high), len(values))
 
 
@@ -180,9 +178,7 @@ def device_slug(device: str = "cpu") -> str:
 
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(
-        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -191,9 +187,7 @@ def commit() -> str:
     head = _git("rev-parse", "--short=10", "HEAD")
     if head is None:
         return "unknown"
-    return head + (
-        "+" if _git("status", "--porcelain", "--", "zokernels", "csrc") else ""
-    )
+    return head + ("+" if _git("status", "--porcelain", "--", "zokernels", "csrc") else "")
 
 
 def environment(device: str = "cpu") -> Row:
@@ -253,9 +247,7 @@ def write_rows(path: Path, rows: Iterable[Row], *, key: Sequence[str]) -> None:
     for row in [*read_rows(path), *rows]:
         missing = [column for column in key if column not in row]
         if missing:
-            raise ValueError(
-                f"rows must have the key columns {list(key)}; missing {missing}"
-            )
+            raise ValueError(f"rows must have the key columns {list(key)}; missing {missing}")
         merged[tuple(str(row[column]) for column in key)] = row
     columns = list(dict.fromkeys(column for row in merged.values() for column in row))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +283,5 @@ def record(
     path = (results or RESULTS) / device_slug(device) / f"{name}.csv"
     stamp = {column: env[column] for column in _ROW_ENVIRONMENT}
     write_rows(path, [{**row, **stamp} for row in rows], key=key)
-    path.with_suffix(".json").write_text(
-        json.dumps({**env, **(notes or {})}, indent=2) + "\n"
-    )
+    path.with_suffix(".json").write_text(json.dumps({**env, **(notes or {})}, indent=2) + "\n")
     return path

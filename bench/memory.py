@@ -78,34 +78,26 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[
-        str, typer.Option(help="Comma separated.")
-    ] = "opt-125m,smollm2-135m",
+    model: Annotated[str, typer.Option(help="Comma separated.")] = "opt-125m,smollm2-135m",
     dtype: Annotated[str, typer.Option()] = "fp32,bf16",
     size: Annotated[str, typer.Option(help="BATCHxLENGTH.")] = "1x64,8x256",
     cases: Annotated[str, typer.Option(help="Comma separated; empty for all.")] = "",
     device: Annotated[str, typer.Option()] = "cpu",
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the results.")
-    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
 ) -> None:
     """Measure peak memory over what was loaded before."""
     console = Console(width=120)
     names = harness.listed(cases) or list(AGAINST)
     unknown = set(names) - set(AGAINST)
     if unknown:
-        raise typer.BadParameter(
-            f"cases must be among {list(AGAINST)}; got {sorted(unknown)}"
-        )
+        raise typer.BadParameter(f"cases must be among {list(AGAINST)}; got {sorted(unknown)}")
     names = list(dict.fromkeys([*(AGAINST[n] for n in names), *names]))
     missing = torchzero_peer.unavailable()
     if missing and "torchzero" in names:
         names.remove("torchzero")
         console.print(f"[yellow]left out: torchzero: {missing}")
     path: Path | None = None
-    for name, kind, text in itertools.product(
-        *map(harness.listed, (model, dtype, size))
-    ):
+    for name, kind, text in itertools.product(*map(harness.listed, (model, dtype, size))):
         b, t = step.parse_size(text)
         measured: dict[str, tuple[int, int]] = {}
         for case in names:
@@ -137,14 +129,10 @@ def main(
                     "before_mib": round(before / 2**20, 1),
                 }
             )
-            table.add_row(
-                case, f"{top / 2**20:.1f}", f"{over:+.1f}", f"{before / 2**20:.0f}"
-            )
+            table.add_row(case, f"{top / 2**20:.1f}", f"{over:+.1f}", f"{before / 2**20:.0f}")
         console.print(table)
         notes: harness.Row = {"left_out": {"torchzero": missing} if missing else {}}
-        path = harness.record(
-            "memory", rows, key=KEY, device=device, results=results, notes=notes
-        )
+        path = harness.record("memory", rows, key=KEY, device=device, results=results, notes=notes)
     console.print(f"results: {path}")
 
 

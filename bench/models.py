@@ -78,9 +78,7 @@ def config(name: str, **overrides: int) -> PreTrainedConfig:
                 }
             )
         case "opt-125m-skeleton":
-            return _opt(
-                **{**thin, "ffn_dim": 16, "word_embed_proj_dim": 16, **overrides}
-            )
+            return _opt(**{**thin, "ffn_dim": 16, "word_embed_proj_dim": 16, **overrides})
         case "smollm2-135m-skeleton":
             return _smollm(
                 **{
@@ -90,9 +88,7 @@ def config(name: str, **overrides: int) -> PreTrainedConfig:
                     **overrides,
                 }
             )
-    raise ValueError(
-        f"model must be opt-125m, smollm2-135m, tiny-opt or tiny-llama; got {name!r}"
-    )
+    raise ValueError(f"model must be opt-125m, smollm2-135m, tiny-opt or tiny-llama; got {name!r}")
 
 
 def build(
@@ -111,15 +107,11 @@ def build(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}; got {dtype!r}")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        config(name, **overrides), dtype=DTYPES[dtype]
-    )
+    model = AutoModelForCausalLM.from_config(config(name, **overrides), dtype=DTYPES[dtype])
     return model.eval().to(device)
 
 
-def random_batch(
-    model: PreTrainedModel, size: int, length: int, *, seed: int = 0
-) -> Batch:
+def random_batch(model: PreTrainedModel, size: int, length: int, *, seed: int = 0) -> Batch:
     """Random tokens in the ``labels=`` convention: int64 ``[size, length]``."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, model.config.vocab_size, (size, length), generator=generator)
@@ -145,9 +137,7 @@ class Text:
 
     def batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
         """Random windows of the training part."""
-        start = torch.randint(
-            0, self.train.numel() - length, (size,), generator=generator
-        )
+        start = torch.randint(0, self.train.numel() - length, (size,), generator=generator)
         ids = torch.stack([self.train[s : s + length] for s in start.tolist()])
         return {"input_ids": ids, "labels": ids}
 

@@ -63,9 +63,7 @@ def band(
     """Mean of several runs ``[runs, points]`` with their range as a band."""
     mean = runs.mean(axis=0)
     ax.plot(x, mean, label=label, color=colour)
-    ax.fill_between(
-        x, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.18, linewidth=0
-    )
+    ax.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.18, linewidth=0)
     if log:
         ax.set_yscale("log")
 

@@ -63,9 +63,7 @@ def held_out_loss(model: PreTrainedModel, batch: models.Batch) -> float:
 def unchanged(model: PreTrainedModel, start: list[Tensor]) -> float:
     """Share of the weights that still have their first value."""
     params = list(model.parameters())
-    same = sum(
-        int((p.float() == s.float()).sum()) for p, s in zip(params, start, strict=True)
-    )
+    same = sum(int((p.float() == s.float()).sum()) for p, s in zip(params, start, strict=True))
     return same / sum(p.numel() for p in params)
 
 
@@ -92,9 +90,7 @@ def train(
     text = models.capitals()
     evaluation = text.evaluation(64, length)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = zo.MeZO(
-        model, lr=lr, eps=eps, rounding=rounding, seed=seed * _SEED_STRIDE
-    )
+    optimizer = zo.MeZO(model, lr=lr, eps=eps, rounding=rounding, seed=seed * _SEED_STRIDE)
     rows: list[harness.Row] = []
     for t in range(steps + 1):
         if t % every == 0 or t == steps:
@@ -112,16 +108,12 @@ def train(
     return rows
 
 
-def curves(
-    rows: list[harness.Row], arm: str, column: str = "loss"
-) -> tuple[list[int], np.ndarray]:
+def curves(rows: list[harness.Row], arm: str, column: str = "loss") -> tuple[list[int], np.ndarray]:
     """Steps, and ``[seeds, steps]`` of a column for one arm."""
     here = [r for r in rows if r["arm"] == arm]
     seeds = sorted({int(str(r["seed"])) for r in here})
     steps = sorted({int(str(r["step"])) for r in here})
-    value = {
-        (int(str(r["seed"])), int(str(r["step"]))): float(str(r[column])) for r in here
-    }
+    value = {(int(str(r["seed"])), int(str(r["step"]))): float(str(r[column])) for r in here}
     return steps, np.array([[value[s, t] for t in steps] for s in seeds])
 
 
@@ -137,15 +129,9 @@ def main(
     eps: Annotated[float, typer.Option()] = 1e-3,
     size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
     length: Annotated[int, typer.Option(help="Characters of a row.")] = 64,
-    pretraining: Annotated[
-        int, typer.Option(help="Backpropagation steps before.")
-    ] = 600,
-    threads: Annotated[
-        int, typer.Option(help="The model is small: one thread is best.")
-    ] = 1,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the results.")
-    ] = None,
+    pretraining: Annotated[int, typer.Option(help="Backpropagation steps before.")] = 600,
+    threads: Annotated[int, typer.Option(help="The model is small: one thread is best.")] = 1,
+    results: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
 ) -> None:
     """Train the three arms and compare their curves."""
     console = Console(width=120)
@@ -171,9 +157,7 @@ def main(
     finally:
         torch.set_num_threads(used)
 
-    table = Table(
-        title=f"held-out loss, lr {lr:g}, {seeds} seeds", title_justify="left"
-    )
+    table = Table(title=f"held-out loss, lr {lr:g}, {seeds} seeds", title_justify="left")
     for column in ("arm", "start", "end: mean (min-max)", "weights never changed"):
         table.add_column(column)
     figure, axes = plots.panels(2)

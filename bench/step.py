@@ -49,9 +49,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def case(
-    name: str, model: PreTrainedModel, batch: models.Batch
-) -> Callable[[], object]:
+def case(name: str, model: PreTrainedModel, batch: models.Batch) -> Callable[[], object]:
     """The callable that takes one step (or two forwards) on ``model``.
 
     Raises:
@@ -75,9 +73,7 @@ def case(
     if name == TORCHZERO:
         step = torchzero_peer.stepper(model)
         return lambda: step(lambda: model(**batch).loss)
-    raise ValueError(
-        f"case must be one of {(FORWARDS, *OURS, *MEZO, TORCHZERO)}; got {name!r}"
-    )
+    raise ValueError(f"case must be one of {(FORWARDS, *OURS, *MEZO, TORCHZERO)}; got {name!r}")
 
 
 def peak_case(
@@ -175,10 +171,7 @@ def plot(csv_path: Path) -> None:
     for ax, (model, dtype) in zip(axes, groups, strict=True):
         here = [r for r in rows if (r["model"], r["dtype"]) == (model, dtype)]
         sizes = list(dict.fromkeys(f"{r['batch']}x{r['length']}" for r in here))
-        value = {
-            (f"{r['batch']}x{r['length']}", r["case"]): float(r["speedup"])
-            for r in here
-        }
+        value = {(f"{r['batch']}x{r['length']}", r["case"]): float(r["speedup"]) for r in here}
         shown = [n for n in (*OURS, FORWARDS) if any((s, n) in value for s in sizes)]
         series = {n: [value.get((s, n), float("nan")) for s in sizes] for n in shown}
         plots.grouped_bars(ax, sizes, series)
@@ -200,24 +193,16 @@ def main(
     ] = "opt-125m,smollm2-135m",
     dtype: Annotated[str, typer.Option(help="Of fp32, bf16, fp16.")] = "fp32,bf16",
     size: Annotated[str, typer.Option(help="BATCHxLENGTH.")] = "1x64,1x256,8x64,8x256",
-    torchzero_size: Annotated[
-        str, typer.Option(help="Sizes torchzero runs at.")
-    ] = "1x64",
+    torchzero_size: Annotated[str, typer.Option(help="Sizes torchzero runs at.")] = "1x64",
     rounds: Annotated[int, typer.Option(help="Most rounds per size.")] = 7,
-    budget: Annotated[
-        float, typer.Option(help="Seconds for all timings together.")
-    ] = 720.0,
-    memory: Annotated[
-        bool, typer.Option(help="Peak memory too, a process per case.")
-    ] = False,
+    budget: Annotated[float, typer.Option(help="Seconds for all timings together.")] = 720.0,
+    memory: Annotated[bool, typer.Option(help="Peak memory too, a process per case.")] = False,
     breakdown_only: Annotated[
         bool, typer.Option("--breakdown", help="Only where our step's time goes.")
     ] = False,
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves them.")] = 0,
     device: Annotated[str, typer.Option()] = "cpu",
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the results.")
-    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
 ) -> None:
     """Time one step of every implementation."""
     if threads:
@@ -268,9 +253,7 @@ def main(
                 )
                 row["peak_mib"] = round(top / 2**20, 1)
         show(rows)
-        path = harness.record(
-            "step", rows, key=KEY, device=device, results=results, notes=notes
-        )
+        path = harness.record("step", rows, key=KEY, device=device, results=results, notes=notes)
     if path is not None and not breakdown_only:
         plot(path)
     if path is not None:

@@ -102,9 +102,7 @@ def test_percentiles():
 def test_csv_round_trip_replaces_rows_of_the_same_key(tmp_path: Path):
     path = tmp_path / "deep" / "x.csv"
     harness.write_rows(path, [{"k": 1, "v": 2.5}, {"k": 2, "v": "a,b"}], key=["k"])
-    harness.write_rows(
-        path, [{"k": 2, "v": 7, "new": "n"}, {"k": 3, "v": 8}], key=["k"]
-    )
+    harness.write_rows(path, [{"k": 2, "v": 7, "new": "n"}, {"k": 3, "v": 8}], key=["k"])
     assert harness.read_rows(path) == [
         {"k": "1", "v": "2.5", "new": ""},
         {"k": "2", "v": "7", "new": "n"},
@@ -116,9 +114,7 @@ def test_csv_round_trip_replaces_rows_of_the_same_key(tmp_path: Path):
 
 
 def test_record_says_where_numbers_come_from(tmp_path: Path):
-    path = harness.record(
-        "x", [{"k": 1}], key=["k"], results=tmp_path, notes={"why": "test"}
-    )
+    path = harness.record("x", [{"k": 1}], key=["k"], results=tmp_path, notes={"why": "test"})
     (row,) = harness.read_rows(path)
     assert row["torch"] == torch.__version__
     assert row["device"] and row["commit"] and row["backend"]
@@ -152,9 +148,7 @@ class Toy(nn.Module):
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            self.layer_norm(self.fc(x)) * self.frozen
-        ).square().sum() + self.fc.weight.sum()
+        return (self.layer_norm(self.fc(x)) * self.frozen).square().sum() + self.fc.weight.sum()
 
 
 def toy() -> tuple[Toy, Tensor]:
@@ -162,9 +156,7 @@ def toy() -> tuple[Toy, Tensor]:
     return Toy(), torch.randn(4, 5)
 
 
-def formula_step(
-    model: nn.Module, x: Tensor, seed: int, lr: float, eps: float, wd: float
-) -> float:
+def formula_step(model: nn.Module, x: Tensor, seed: int, lr: float, eps: float, wd: float) -> float:
     """MeZO in one expression per weight, float64, with the whole direction written out."""
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     theta = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -173,9 +165,7 @@ def formula_step(
     twin = Toy().double()
 
     def loss(scale: float) -> float:
-        moved = {
-            n: t + scale * z[n].double() if n in z else t for n, t in theta.items()
-        }
+        moved = {n: t + scale * z[n].double() if n in z else t for n, t in theta.items()}
         return float(torch.func.functional_call(twin, moved, (x.double(),)))
 
     g = (loss(eps) - loss(-eps)) / (2 * eps)
@@ -337,17 +327,13 @@ def test_step_refuses_bad_names():
 def test_breakdown_accounts_for_the_step():
     model = models.build("tiny-llama", num_hidden_layers=1)
     batch = models.random_batch(model, 1, 4)
-    assert (
-        len(breakdown.linear_calls(model, batch)) == 7 + 1
-    )  # projections of the layer, head
+    assert len(breakdown.linear_calls(model, batch)) == 7 + 1  # projections of the layer, head
     rows = breakdown.rows(model, "tiny-llama", "fp32", batch, {}, rounds=2)
     for distribution in ("gaussian", "rademacher"):
         part = {r["part"]: r for r in rows if r["distribution"] == distribution}
         assert set(breakdown.PARTS) <= set(part)
         assert all(part[p]["ms"] >= 0 for p in breakdown.PARTS)
-        assert sum(part[p]["share"] for p in breakdown.PARTS) == pytest.approx(
-            1, abs=0.3
-        )
+        assert sum(part[p]["share"] for p in breakdown.PARTS) == pytest.approx(1, abs=0.3)
         assert part["update"]["ms"] > 0
 
 
@@ -386,14 +372,10 @@ def test_probe_forms():
     assert torch.equal(fidelity.probe(w, z, step_, "nearest"), w.float())
     up = fidelity.probe(w, z, step_, "stochastic", torch.full((1, 2), 65535))
     assert up[0, 0] == 1 + 2.0**-7
-    down = fidelity.probe(
-        w, z, step_, "stochastic", torch.zeros(1, 2, dtype=torch.int64)
-    )
+    down = fidelity.probe(w, z, step_, "stochastic", torch.zeros(1, 2, dtype=torch.int64))
     assert down[0, 0] == 1
     split = fidelity.probe(w, z, step_, "split")
-    assert torch.equal(
-        split, torch.tensor([[1 + step_, -0.75 + step_]])
-    )  # 1.001 is 1 in bfloat16
+    assert torch.equal(split, torch.tensor([[1 + step_, -0.75 + step_]]))  # 1.001 is 1 in bfloat16
     vector = fidelity.probe(w[0], z[0], step_, "vectors")
     assert torch.equal(vector, w[0].float() + step_ * z[0])
     assert torch.equal(fidelity.probe(w, z, step_, "vectors"), w.float())

@@ -80,9 +80,7 @@ class MeZOLoop:
                     param.data.mul_(1 - self.lr * self.weight_decay)
                 param.data.add_(z, alpha=-self.lr * g)
             elif decays:
-                param.data = param.data - self.lr * (
-                    g * z + self.weight_decay * param.data
-                )
+                param.data = param.data - self.lr * (g * z + self.weight_decay * param.data)
             else:
                 param.data = param.data - self.lr * (g * z)
 
