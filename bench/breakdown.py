@@ -4,17 +4,19 @@
 
 Parts of a step, in milliseconds and as a share of it:
 
-``gemm``       the products themselves: every linear layer's recorded input against the plain weight,
-               once per branch, outside the step
-``noise``      the rest of the weight ops (linear, embedding, displaced vectors): drawing the noise and
-               displacing the weights
-``update``     the fused update, of which ``update_traffic`` is the bare read and write of all weights
+``gemm``       the products themselves: every linear layer's recorded input against the plain
+               weight, once per branch, outside the step
+``noise``      the rest of the weight ops (linear, embedding, displaced vectors): drawing the
+               noise and displacing the weights
+``update``     the fused update, of which ``update_traffic`` is the bare read and write of all
+               weights
 ``other_ops``  attention, norms, activations, loss: all other torch operations
 ``python``     what no operation accounts for: module calls, dispatch, the optimizer
 
-The op times come from one profiled step, scaled to the unprofiled median. ``generator`` is the share of
-the step spent on noise: ``noise + update - update_traffic``. ``dispatch_floor`` is the whole step of a
-model of the same depth at width 16, and ``dispatch_forwards`` two plain forwards of that model.
+The op times come from one profiled step, scaled to the unprofiled median. ``generator`` is the
+share of the step spent on noise: ``noise + update - update_traffic``. ``dispatch_floor`` is the
+whole step of a model of the same depth at width 16, and ``dispatch_forwards`` two plain forwards
+of that model.
 """
 
 from __future__ import annotations

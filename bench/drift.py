@@ -2,9 +2,10 @@
 
     python -m bench.drift --steps 1000
 
-MeZO's loop perturbs the weights in place three times a step (+eps, -2 eps, +eps) and so does not come
-back to where it was: every rounding stays. Ours never writes the weights in a probe, so the drift has
-to be exactly 0. Measured: ``|theta_t - theta_0| / |theta_0|`` over all parameters, in float64.
+MeZO's loop perturbs the weights in place three times a step (+eps, -2 eps, +eps) and so does not
+come back to where it was: every rounding stays. Ours never writes the weights in a probe, so the
+drift has to be exactly 0. Measured: ``|theta_t - theta_0| / |theta_0|`` over all parameters, in
+float64.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m bench.fidelity
 
-The truth is ``g = (L(W + eps z) - L(W - eps z)) / (2 eps)`` with the same (bfloat16) weights ``W`` taken
-to float32 and everything computed in float32. Against it, for the same ``z``:
+The truth is ``g = (L(W + eps z) - L(W - eps z)) / (2 eps)`` with the same (bfloat16) weights
+``W`` taken to float32 and everything computed in float32. Against it, for the same ``z``:
 
 ``nearest``     the probe ``W +/- eps z`` rounded to bfloat16;
 ``stochastic``  the same rounded stochastically, the two probes with the same bits;
@@ -12,10 +12,11 @@ to float32 and everything computed in float32. Against it, for the same ``z``:
 ``package``     what ``zo.dual_loss`` does on the bfloat16 model.
 
 Two computations: ``fp32`` activations (what the form of the weights alone costs) and ``bf16``
-activations (products accumulate in float32, each output is rounded, as a bfloat16 matrix product does).
+activations (products accumulate in float32, each output is rounded, as a bfloat16 matrix product
+does).
 
-Over the directions: ``correlation`` with the truth, ``slope`` ``<g, g32> / <g32, g32>`` (1: no bias) and
-``error`` ``|g - g32| / |g32|``.
+Over the directions: ``correlation`` with the truth, ``slope`` ``<g, g32> / <g32, g32>`` (1: no
+bias) and ``error`` ``|g - g32| / |g32|``.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def probe(w: Tensor, z: Tensor, step: float, form: str, bits: Tensor | None = No
 class LowPrecisionProducts(TorchFunctionMode):
     """Linear, embedding and layer norm with float32 weights and bfloat16 inputs and outputs.
 
-    Every product accumulates in float32 and its output is rounded once, so a float32 weight can stand
-    for a form of a bfloat16 one that is not itself a bfloat16 number.
+    Every product accumulates in float32 and its output is rounded once, so a float32 weight can
+    stand for a form of a bfloat16 one that is not itself a bfloat16 number.
     """
 
     def __torch_function__(

@@ -1,9 +1,9 @@
 """Interleaved timing, the environment record, and the keyed CSV files every benchmark writes.
 
-Method: all callables of a comparison run in one process, round robin, and the order rotates by one
-every round, so that a machine that gets slower or busier for a while does so for all of them. A ratio
-is taken inside each round; what is reported is the median over rounds, with the 20th and 80th
-percentile as spread.
+Method: all callables of a comparison run in one process, round robin, and the order rotates by
+one every round, so that a machine that gets slower or busier for a while does so for all of them.
+A ratio is taken inside each round; what is reported is the median over rounds, with the 20th and
+80th percentile as spread.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def interleave(
 ) -> Timings:
     """Time several callables round robin.
 
-    A fast callable runs several times in a row inside a round, for about ``chunk`` seconds; its value
-    for the round is the median of those.
+    A fast callable runs several times in a row inside a round, for about ``chunk`` seconds; its
+    value for the round is the median of those.
 
     Args:
         cases: name -> callable.

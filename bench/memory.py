@@ -2,9 +2,10 @@
 
     python -m bench.memory
 
-``dual``     ``opt.step(batch)``, one stacked pass, against a plain forward of the stacked batch (twice
-             the rows), which needs the same activations;
-``closure``  ``opt.step(closure)``, one branch after the other, against a plain forward of the batch.
+``dual``     ``opt.step(batch)``, one stacked pass, against a plain forward of the stacked batch
+             (twice the rows), which needs the same activations;
+``closure``  ``opt.step(closure)``, one branch after the other, against a plain forward of the
+             batch.
 
 MeZO's loop and torchzero are there for comparison, against the plain forward of the batch.
 """

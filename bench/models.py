@@ -43,8 +43,8 @@ def _smollm(**kwargs: object) -> PreTrainedConfig:
 def config(name: str, **overrides: int) -> PreTrainedConfig:
     """Configuration of a benchmark model.
 
-    Names: ``opt-125m``, ``smollm2-135m`` (their published shapes), ``tiny-opt``, ``tiny-llama``, and
-    ``<name>-skeleton``: the same depth at width 16, where all that is left is dispatch.
+    Names: ``opt-125m``, ``smollm2-135m`` (their published shapes), ``tiny-opt``, ``tiny-llama``,
+    and ``<name>-skeleton``: the same depth at width 16, where all that is left is dispatch.
 
     Raises:
         ValueError: unknown name.
@@ -153,7 +153,7 @@ VOCAB = "\n" + "".join(map(chr, range(32, 127)))
 
 
 def english() -> Text:
-    """The Python language reference as shipped with the interpreter: 460,000 characters of prose."""
+    """The Python language reference the interpreter ships: 460,000 characters of prose."""
     return Text.of("\n".join(pydoc_data.topics.topics.values()), VOCAB)
 
 

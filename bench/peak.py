@@ -1,9 +1,10 @@
 """Peak memory of one piece of work, in a process of its own.
 
-The child builds the case, notes its resident set, clears the kernel's high-water mark, runs the work
-and reads the mark: the result is what the work needed on top of everything that was loaded before. On
-CUDA it is the allocator's peak over what was allocated before. Large blocks are mapped and unmapped
-one by one (``MALLOC_MMAP_THRESHOLD_``), so that the heap's fragmentation is not counted.
+The child builds the case, notes its resident set, clears the kernel's high-water mark, runs the
+work and reads the mark: the result is what the work needed on top of everything that was loaded
+before. On CUDA it is the allocator's peak over what was allocated before. Large blocks are mapped
+and unmapped one by one (``MALLOC_MMAP_THRESHOLD_``), so that the heap's fragmentation is not
+counted.
 """
 
 from __future__ import annotations

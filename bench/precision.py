@@ -2,9 +2,9 @@
 
     python -m bench.precision
 
-A character model is trained with backpropagation on English prose (the Python language reference that
-ships with the interpreter), rounded to bfloat16 once, and fine-tuned with MeZO on the same prose in
-capital letters, three ways from the same start:
+A character model is trained with backpropagation on English prose (the Python language reference
+that ships with the interpreter), rounded to bfloat16 once, and fine-tuned with MeZO on the same
+prose in capital letters, three ways from the same start:
 
 ``fp32``             float32 weights;
 ``bf16 stochastic``  bfloat16 weights, updates rounded stochastically (the default);

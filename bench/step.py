@@ -4,9 +4,9 @@
     python -m bench.step --model opt-125m --dtype bf16 --size 1x64 --memory
     python -m bench.step --breakdown              where the time of our step goes
 
-Everything runs in one process on one model, round robin (:mod:`bench.harness`). A speed-up is held
-against the faster of MeZO's two spellings in the same run; "two forwards" is the part of a step that
-no implementation can avoid.
+Everything runs in one process on one model, round robin (:mod:`bench.harness`). A speed-up is
+held against the faster of MeZO's two spellings in the same run; "two forwards" is the part of a
+step that no implementation can avoid.
 """
 
 from __future__ import annotations

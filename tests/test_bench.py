@@ -1,4 +1,4 @@
-"""The benchmarks' own code: peers that are faithful, statistics, result files, tiny runs end to end."""
+"""The benchmarks' own code: faithful peers, statistics, result files, tiny runs end to end."""
 
 from __future__ import annotations
 
@@ -35,9 +35,6 @@ class FakeClock:
             self.now += next(values)
 
         return run
-
-
-# --- harness ------------------------------------------------------------------------------------------
 
 
 def test_rounds_rotate_and_ratios_are_taken_inside_a_round():
@@ -133,9 +130,6 @@ def test_peak_memory_of_a_known_block():
 def test_peak_memory_reports_the_childs_error():
     with pytest.raises(RuntimeError, match="mib must be positive; got -1"):
         peak.peak_of("bench.peak:hold", mib=-1)
-
-
-# --- peers --------------------------------------------------------------------------------------------
 
 
 class Toy(nn.Module):
@@ -236,9 +230,6 @@ def test_torchzero_runs_or_says_why_not():
     assert not torch.equal(model.fc.weight, before)
 
 
-# --- models -------------------------------------------------------------------------------------------
-
-
 def test_published_shapes():
     counts = {}
     for name in ("opt-125m", "smollm2-135m"):
@@ -273,9 +264,6 @@ def test_pretraining_learns():
     text = models.english()
     loss = models.pretrain(model, text, steps=40, size=8, length=32)
     assert loss < np.log(text.vocab) - 0.5
-
-
-# --- benchmarks, tiny ---------------------------------------------------------------------------------
 
 
 def run(app, *arguments: object) -> str:

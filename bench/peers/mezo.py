@@ -9,7 +9,8 @@
 ``z`` is drawn per tensor with ``torch.normal`` in the parameter's dtype; weight decay leaves out
 parameters whose name contains "bias", "layer_norm" or "layernorm". Two spellings of the arithmetic:
 
-``"plain"``  ``theta = theta + scale * z * eps``: the expression as one writes it, three temporaries.
+``"plain"``  ``theta = theta + scale * z * eps``: the expression as one writes it, three
+             temporaries.
 ``"add_"``   ``theta.add_(z, alpha=scale * eps)``: in place, one temporary. Usually faster.
 
 Source: Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", Algorithm 1.
