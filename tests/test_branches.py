@@ -957,7 +957,7 @@ def test_a_model_is_freed_after_use():
 # --- memory ---------------------------------------------------------------------------------------
 
 MEMORY = """
-import resource, torch, transformers as tf, zokernels as zo
+import torch, transformers as tf, zokernels as zo
 torch.set_num_threads(1)
 torch.manual_seed(0)
 config = tf.OPTConfig(vocab_size=4096, hidden_size=768, num_hidden_layers=4, num_attention_heads=12,
@@ -965,21 +965,23 @@ config = tf.OPTConfig(vocab_size=4096, hidden_size=768, num_hidden_layers=4, num
 model = tf.OPTForCausalLM(config).eval()
 ids = torch.randint(3, 4096, (2, 16))
 both = torch.cat([ids, ids])
-def mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def mib():  # not ru_maxrss: a child starts with its parent's
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of building the model
 with torch.no_grad():
     for _ in range(2):
         model(input_ids=both, labels=both, use_cache=False)
 plain = mib()
 zo.dual_loss(model, dict(input_ids=ids, labels=ids), seed=1, eps=1e-3)
 dual = mib()
-copies = [p.detach() + 1 for p in model.parameters()]
+both = [[p.detach() + s for p in model.parameters()] for s in (1, -1)]
 print(plain, dual, mib())
 """
 
 
 def test_dual_step_peaks_no_higher_than_a_stacked_forward():
-    """32 M parameters (120 MiB): one displaced copy of the weights would show, and two more so."""
+    """32 M parameters (120 MiB): a displaced copy of the weights would show, let alone two."""
     run = subprocess.run(
         [sys.executable, "-c", MEMORY],
         env={
@@ -987,6 +989,7 @@ def test_dual_step_peaks_no_higher_than_a_stacked_forward():
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
             "MALLOC_ARENA_MAX": "2",
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # freed means given back
         },
         capture_output=True,
         text=True,
@@ -996,4 +999,4 @@ def test_dual_step_peaks_no_higher_than_a_stacked_forward():
     assert run.returncode == 0, run.stderr
     plain, dual, copy = map(float, run.stdout.split()[-3:])
     assert dual - plain <= 64, (plain, dual)
-    assert copy - plain > 100, "the measure does not see a copy of the weights"
+    assert copy - plain > 150, "the measure does not see copies of the weights"
