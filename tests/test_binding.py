@@ -176,6 +176,13 @@ def test_sparse_parameters_are_refused():
         zo.bind(model)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match=r"module '1' is TorchScript.*before scripting"):
+        zo.bind(model)
+
+
 # --- the model changes ----------------------------------------------------------------------------
 
 

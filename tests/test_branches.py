@@ -551,6 +551,42 @@ def test_updates_between_evaluations_are_seen():
         close(zo.branches(model, [1], PAIR, sequential=True)(lambda: model(X)), want)
 
 
+LAYOUTS: dict[str, Any] = {
+    "transposed": torch.randn(4, 6).t(),
+    "permuted": torch.randn(2, 3, 4).permute(2, 0, 1),
+    "strided": torch.randn(12, 8)[::2, ::2],
+    "shifted": torch.randn(40)[8:32].view(6, 4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_follow_updates(layout):
+    """In-place updates are seen also where a parameter cannot be viewed as the noise's matrix."""
+    model = One(lambda w, x: (x.sum() + w).square().sum(0) + x.sum())
+    model.w = nn.Parameter(LAYOUTS[layout].clone(memory_format=torch.preserve_format))
+    assert model.w.stride() == LAYOUTS[layout].stride() or layout in ("strided", "shifted")
+    br = zo.branches(model, [1], PAIR)
+    for _ in range(3):
+        close(br(lambda: model(X)), torch.stack(at_weights(model, [1], PAIR, lambda: model(X))))
+        with zo.displaced(model, [1], [EPS]):
+            close(model(X), at_weights(model, [1], [[EPS]], lambda: model(X))[0])
+        with torch.no_grad():
+            model.w.mul_(0.7)
+
+
+def test_memory_formats_follow_updates():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = model.to(memory_format=torch.channels_last)
+    images = zoo.plain_image_batch()[0]
+    br = zo.branches(model, [1], PAIR)
+    for _ in range(3):
+        want = torch.stack(at_weights(model, [1], PAIR, lambda: model(images)))
+        torch.testing.assert_close(br(lambda: model(images)), want, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.7)
+
+
 def test_unselected_parameters_are_the_users_own():
     """Frozen parameters are not swapped at all: identity, hooks and subclasses survive."""
     model = net()
@@ -740,6 +776,80 @@ def test_parameters_used_behind_the_module_trees_back():
     with zo.branches(model, [2], PAIR).at(1):
         close(model(X), want[1])
     assert_untouched(model, before)
+
+
+def test_parameters_used_through_the_tree_and_behind_its_back():
+    """An L2 term over a list made before: its weights must be the displaced ones, or an error."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    kept = list(model.parameters())
+
+    def fn() -> Tensor:
+        return model(X).mean() + sum(p.square().sum() for p in kept)
+
+    before = state_of(model)
+    want = torch.stack(at_weights(model, [2], PAIR, fn))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", zo.StackingWarning)
+            got = zo.branches(model, [2], PAIR)(fn)
+    except RuntimeError as error:
+        assert "outside the module tree" in str(error)
+    else:
+        close(got, want)
+    assert_untouched(model, before)
+
+
+def test_a_penalty_over_the_models_parameters():
+    model = net()
+
+    def fn() -> Tensor:
+        return model(X).mean() + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+    got = zo.branches(model, [2], PAIR, sequential=False)(fn)
+    close(got, torch.stack(at_weights(model, [2], PAIR, fn)))
+
+
+DERIVATIVES: dict[str, Any] = {
+    "grad": lambda m: torch.func.grad(lambda x: m(x).sum())(X),
+    "jvp": lambda m: torch.func.jvp(m, (X,), (X,))[1],
+    "vjp": lambda m: torch.func.vjp(m, X)[1](torch.ones(3, 2))[0],
+    "jacrev": lambda m: torch.func.jacrev(m)(X[:1]),
+    "vmap": lambda m: torch.func.vmap(m)(X),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives_of_inputs_inside_an_evaluation(derivative):
+    """A gradient penalty, a tangent: right or refused, never a path that is silently dropped."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2))
+    fn = DERIVATIVES[derivative]
+    want = torch.stack(at_weights(model, [2], PAIR, lambda: fn(model)))
+    for sequential in (None, True):
+        try:
+            got = zo.branches(model, [2], PAIR, sequential=sequential)(lambda: fn(model))
+        except (RuntimeError, NotImplementedError):
+            continue
+        close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_backward_to_an_input_at_a_branch():
+    model = net()
+
+    def slope() -> Tensor:
+        x = X.clone().requires_grad_()
+        with torch.enable_grad():
+            y = model(x).square().sum()
+            return torch.autograd.grad(y, x)[0]
+
+    want = at_weights(model, [2], PAIR, slope)
+    with zo.branches(model, [2], PAIR).at(1):
+        try:
+            got = slope()
+        except RuntimeError:
+            return
+    close(got, want[1])
 
 
 def test_unused_parameters_need_no_word():

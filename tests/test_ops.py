@@ -493,6 +493,16 @@ def test_update_in_place_whatever_the_layout(backend, dtype):
         update([w], seeds, coeffs)
         assert w.data_ptr() == before
         assert torch.equal(w, want), name
+    deep = rand(2, 3, 5, 4, dtype=dtype)
+    want = update([deep.clone()], seeds, coeffs)[0]
+    for order in ((0, 2, 3, 1), (3, 1, 0, 2)):  # channels last; nothing in place
+        back = [order.index(d) for d in range(4)]
+        w = deep.permute(order).contiguous().permute(back)
+        assert not w.is_contiguous()
+        update([w], seeds, coeffs)
+        assert torch.equal(w, want), order
+        dots = ops.project([w], seeds, [PID], [], [], "gaussian")
+        assert torch.equal(dots, ops.project([want], seeds, [PID], [], [], "gaussian"))
     outside = torch.ones_like(storage, dtype=torch.bool)
     outside[::2, ::2] = False
     outside[3:9, 20:60] = False

@@ -68,7 +68,7 @@ class Binding:
     Raises:
         ValueError: no parameter is selected, a name is unknown, two names share an id, or a selected
             parameter is on the meta device (not loaded, or offloaded).
-        TypeError: a selected parameter is not float32, bfloat16 or float16.
+        TypeError: a selected parameter is not float32, bfloat16 or float16; a module is TorchScript.
     """
 
     def __init__(self, model: nn.Module, params: Selection = None) -> None:
@@ -97,7 +97,12 @@ class Binding:
         ids = parameter_ids(names)
 
         places: dict[int, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
-        for module in self.model.modules():
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"module {path or type(self.model).__name__!r} is TorchScript, whose parameters "
+                    f"cannot be exchanged: bind the model before scripting"
+                )
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     places.setdefault(id(parameter), []).append((module._parameters, key))
