@@ -569,7 +569,8 @@ def test_layouts_follow_updates(layout):
     for _ in range(3):
         close(br(lambda: model(X)), torch.stack(at_weights(model, [1], PAIR, lambda: model(X))))
         with zo.displaced(model, [1], [EPS]):
-            close(model(X), at_weights(model, [1], [[EPS]], lambda: model(X))[0])
+            got = model(X)
+        close(got, at_weights(model, [1], [[EPS]], lambda: model(X))[0])
         with torch.no_grad():
             model.w.mul_(0.7)
 
@@ -621,6 +622,24 @@ def test_evaluations_do_not_nest():
     with pytest.raises(RuntimeError, match="already active"):
         br(lambda: br(lambda: model(X)))
     br(lambda: model(X))
+
+
+def test_evaluations_of_two_selections_of_one_model_do_not_nest_either():
+    """Every selection has its own binding; the model is one."""
+    model = net()
+    before = state_of(model)
+    inner = zo.branches(model, [1], PAIR, params=["scale"])
+    for params in (["scale"], ["first.weight"], None):
+        with (
+            zo.branches(model, [1], PAIR).at(0),
+            pytest.raises(RuntimeError, match="already active"),
+        ):
+            zo.branches(model, [1], PAIR, params=params)(lambda: model(X))
+    with zo.branches(model, [1], PAIR).at(0), pytest.raises(RuntimeError, match="already active"):
+        inner(lambda: model(X))
+    with zo.branches(model, [1], PAIR).at(0), pytest.raises(RuntimeError, match="already active"):
+        zo.directions(model, seed=1)
+    assert_untouched(model, before)
 
 
 def test_two_models_nest():
