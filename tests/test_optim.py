@@ -442,7 +442,7 @@ def test_a_group_that_cannot_be_bound_is_not_added() -> None:
     net = model()
     net.odd = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     opt = MeZO([net.first.weight], model=net)
-    with pytest.raises(TypeError, match="'odd' has dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"'odd' has dtype torch\.float64"):
         opt.add_param_group({"params": [net.odd]})
     assert len(opt.param_groups) == 1
     opt.step(BATCH)
@@ -492,6 +492,22 @@ def test_named_parameters_without_a_model_survive_a_closure_that_raises() -> Non
     assert same(net, start) and places == [p.data_ptr() for p in net.parameters()]
     with pytest.raises(TypeError, match="needs the model"):
         opt.step(BATCH)
+
+
+@pytest.mark.parametrize("form", ["module", "named"])
+def test_both_probes_see_the_same_dropout(form: str) -> None:
+    net = model().train()
+    opt = forms(net)[form]()
+    masks = []
+
+    def closure() -> Tensor:
+        masks.append(nn.functional.dropout(torch.ones(64)))
+        return loss_fn(net, (X, Y))
+
+    for _ in range(2):
+        opt.step(closure)
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[2], masks[3])
+    assert not torch.equal(masks[0], masks[2])
 
 
 BARE = nn.Parameter(torch.zeros(3))
@@ -706,16 +722,16 @@ def test_a_changed_model_is_an_error() -> None:
     kept = net.last.weight
     net.last.weight = nn.Parameter(torch.zeros(3, 8))
     state = opt.state_dict()
-    with pytest.raises(ModelChangedError, match="'last.weight' was replaced"):
+    with pytest.raises(ModelChangedError, match=r"'last\.weight' was replaced"):
         opt.step(BATCH)
     net.last.weight = kept
     net.last.bfloat16()
-    with pytest.raises(ModelChangedError, match="torch.bfloat16"):
+    with pytest.raises(ModelChangedError, match=r"torch\.bfloat16"):
         opt.step(BATCH)
     assert opt.state_dict() == state
     loose = MeZO(net.named_parameters())
     net.last.float()
-    with pytest.raises(ModelChangedError, match="'last.weight' was"):
+    with pytest.raises(ModelChangedError, match=r"'last\.weight' was"):
         loose.step(lambda: torch.tensor(1.0))
 
 
@@ -933,6 +949,17 @@ def test_bad_state_changes_nothing(change: Any, error: type[Exception], message:
         opt.load_state_dict(damaged(change))
     assert opt.state_dict() == before
     opt.step(BATCH)
+
+
+def test_state_that_does_not_fit_the_journal() -> None:
+    net = model()
+    opt = MeZO(net, journal=Trajectory())
+    before = opt.state_dict()
+    for label, value in (("distribution", "rademacher"), ("rounding", "nearest")):
+        state = MeZO(net, **{label: value}).state_dict()
+        with pytest.raises(ValueError, match=f"{label} '{value}', but the journal has"):
+            opt.load_state_dict(state)
+        assert opt.state_dict() == before
 
 
 def test_state_of_another_optimizer_and_to_another_optimizer() -> None:

@@ -367,7 +367,7 @@ def test_misuse() -> None:
         journal.begin(
             [zo.bind(model(torch.bfloat16)).params], distribution="rademacher", rounding="nearest"
         )
-    with pytest.raises(TrajectoryError, match="'0.weight' stands in two groups"):
+    with pytest.raises(TrajectoryError, match=r"'0\.weight' stands in two groups"):
         journal.begin([params, params], distribution="rademacher", rounding="nearest")
     assert len(journal.layouts) == 1
     assert len({journal.next_step, len(journal), 5}) == 1
@@ -466,6 +466,34 @@ def test_truncate_and_undo(tmp_path: Path) -> None:
     assert read == journal and len(read) == 4
     read.replay_(start)
     assert same(start, weights(net))
+
+
+def test_truncate_over_a_change_of_groups(tmp_path: Path) -> None:
+    path = tmp_path / "journal.zo"
+    params = zo.bind(model()).params
+    options = {"distribution": "gaussian", "rounding": "nearest"}
+    with Trajectory.open(path) as journal:
+        journal.begin([params[:2]], **options)
+        journal.append(0, [1], [[1.0]])
+        journal.append(1, [2], [[1.0]])
+        journal.begin([params[:2], params[2:]], **options)
+        journal.append(2, [3], [[1.0], [1.0]])
+        journal.truncate(1)
+        assert len(journal.layouts) == 1
+        journal.begin([params], **options)
+        journal.append(1, [4], [[1.0]])
+    assert Trajectory.load(path) == journal
+    assert journal[1].layout == 1
+
+
+def test_idle_terms_keep_the_sign_of_zero() -> None:
+    journal = Trajectory()
+    net = nn.Linear(2, 2, bias=False)
+    net.weight.data.fill_(-0.0)
+    journal.begin([zo.bind(net).params], distribution="gaussian", rounding="nearest")
+    journal.append(0, [1], [[0.0]])
+    journal.replay_(net)
+    assert net.weight.signbit().all()
 
 
 def test_recover_keeps_whole_steps_for_every_cut(tmp_path: Path) -> None:
@@ -651,6 +679,7 @@ def test_a_write_that_fails_leaves_whole_records(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         journal.append(1, [2], [[1.0]])
     assert len(journal) == 1
+    assert len(Trajectory.load(path)) == 1  # the ten bytes are gone
     journal._file = file
     journal.append(1, [3], [[2.0]])
     journal.close()

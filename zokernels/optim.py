@@ -585,8 +585,6 @@ class MeZO(torch.optim.Optimizer):
         finally:
             self._incoming = None
             handle.remove()
-        if self._journal is not None:
-            self.journal = self._journal
 
     def __getstate__(self) -> dict[str, Any]:
         # The binding is made again: it belongs to this model object.
@@ -689,6 +687,13 @@ def _accept_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
                     f"the state dict is of another model: group {i} has {name!r} where this "
                     f"optimizer has {mine!r}"
                 )
+    journal = optimizer._journal
+    for label in ("distribution", "rounding"):
+        if journal is not None and getattr(journal, label) != incoming[label]:
+            raise ValueError(
+                f"the state dict has {label} {incoming[label]!r}, but the journal has "
+                f"{getattr(journal, label)!r}: attach another journal"
+            )
     optimizer._incoming = incoming
 
 
