@@ -162,14 +162,15 @@ def finetune(
         str | None, typer.Option(rich_help_panel=DATA, help="auto, text, completion or classify.")
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option(rich_help_panel=DATA, help="Column of the text [text].")
+        str | None, typer.Option(rich_help_panel=DATA, help="Column of the text (default text).")
     ] = None,
     prompt_column: Annotated[
-        str | None, typer.Option(rich_help_panel=DATA, help="Column of the prompt [prompt].")
+        str | None,
+        typer.Option(rich_help_panel=DATA, help="Column of the prompt (default prompt)."),
     ] = None,
     completion_column: Annotated[
         str | None,
-        typer.Option(rich_help_panel=DATA, help="Column of the completion [completion]."),
+        typer.Option(rich_help_panel=DATA, help="Column of the completion (default completion)."),
     ] = None,
     label_column: Annotated[
         str | None, typer.Option(rich_help_panel=DATA, help="Column of the label: classification.")
@@ -196,17 +197,19 @@ def finetune(
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(rich_help_panel=DATA, help="Tokens per example [128].")
+        int | None, typer.Option(rich_help_panel=DATA, help="Tokens per example (default 128).")
     ] = None,
     train_limit: Annotated[
-        int | None, typer.Option(rich_help_panel=DATA, help="Most training examples; 0: all [0].")
+        int | None,
+        typer.Option(rich_help_panel=DATA, help="Most training examples; 0: all (default 0)."),
     ] = None,
     eval_fraction: Annotated[
-        float | None, typer.Option(rich_help_panel=DATA, help="Part of --data held out [0.1].")
+        float | None,
+        typer.Option(rich_help_panel=DATA, help="Part of --data held out (default 0.1)."),
     ] = None,
     eval_limit: Annotated[
         int | None,
-        typer.Option(rich_help_panel=DATA, help="Most held-out examples; 0: all [1000]."),
+        typer.Option(rich_help_panel=DATA, help="Most held-out examples; 0: all (default 1000)."),
     ] = None,
     trainable: Annotated[
         str | None,
@@ -215,39 +218,53 @@ def finetune(
             help="full, lora, norms, biases, layers:SLICE, regex:PATTERN; + joins, & intersects.",
         ),
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(rich_help_panel=TRAINING, help="[8]")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(rich_help_panel=TRAINING, help="[16]")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(rich_help_panel=TRAINING, help="Default 8.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(rich_help_panel=TRAINING, help="Default 16.")
+    ] = None,
     lora_target: Annotated[
         list[str] | None,
         typer.Option(rich_help_panel=TRAINING, help="Module name to adapt; repeat for several."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING, help="[1000]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(rich_help_panel=TRAINING, help="Default 1000.")
+    ] = None,
     lr: Annotated[
-        float | None, typer.Option(rich_help_panel=TRAINING, help="Learning rate [1e-6].")
+        float | None, typer.Option(rich_help_panel=TRAINING, help="Learning rate (default 1e-6).")
     ] = None,
     eps: Annotated[
-        float | None, typer.Option(rich_help_panel=TRAINING, help="Size of the probes [1e-3].")
+        float | None,
+        typer.Option(rich_help_panel=TRAINING, help="Size of the probes (default 1e-3)."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(rich_help_panel=TRAINING, help="[16]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(rich_help_panel=TRAINING, help="Default 16.")
+    ] = None,
     distribution: Annotated[
         str | None, typer.Option(rich_help_panel=TRAINING, help="gaussian or rademacher.")
     ] = None,
     num_directions: Annotated[
-        int | None, typer.Option(rich_help_panel=TRAINING, help="Directions a step [1].")
+        int | None, typer.Option(rich_help_panel=TRAINING, help="Directions a step (default 1).")
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(rich_help_panel=TRAINING, help="constant, linear or cosine.")
     ] = None,
     warmup: Annotated[
-        int | None, typer.Option(rich_help_panel=TRAINING, help="Steps of linear warm-up [0].")
+        int | None,
+        typer.Option(rich_help_panel=TRAINING, help="Steps of linear warm-up (default 0)."),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(rich_help_panel=TRAINING, help="[0]")
+        float | None, typer.Option(rich_help_panel=TRAINING, help="Default 0.")
     ] = None,
-    momentum: Annotated[float | None, typer.Option(rich_help_panel=TRAINING, help="[0]")] = None,
+    momentum: Annotated[
+        float | None, typer.Option(rich_help_panel=TRAINING, help="Default 0.")
+    ] = None,
     clip: Annotated[
         float | None,
-        typer.Option(rich_help_panel=TRAINING, help="Limit of the projected gradient [none]."),
+        typer.Option(
+            rich_help_panel=TRAINING, help="Limit of the projected gradient (default none)."
+        ),
     ] = None,
     rounding: Annotated[
         str | None,
@@ -257,12 +274,15 @@ def finetune(
         str | None, typer.Option(rich_help_panel=TRAINING, help="float32, bfloat16 or float16.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(rich_help_panel=TRAINING, help="auto, cpu or cuda[:N] [auto].")
+        str | None,
+        typer.Option(rich_help_panel=TRAINING, help="auto, cpu or cuda[:N] (default auto)."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=RUN, help="First seed [0].")] = None,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=RUN, help="First seed (default 0).")
+    ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(rich_help_panel=RUN, help="Runs, with seeds one after another [1]."),
+        typer.Option(rich_help_panel=RUN, help="Runs, with seeds one after another (default 1)."),
     ] = None,
     eval_every: Annotated[
         int | None,
@@ -270,16 +290,20 @@ def finetune(
             rich_help_panel=RUN, help="Steps between held-out scores; 0: only at the end."
         ),
     ] = None,
-    eval_batch_size: Annotated[int | None, typer.Option(rich_help_panel=RUN, help="[32]")] = None,
+    eval_batch_size: Annotated[
+        int | None, typer.Option(rich_help_panel=RUN, help="Default 32.")
+    ] = None,
     output: Annotated[
-        str | None, typer.Option(rich_help_panel=RUN, help="Folder of the results [runs/finetune].")
+        str | None,
+        typer.Option(rich_help_panel=RUN, help="Folder of the results (default runs/finetune)."),
     ] = None,
     resume: Annotated[
         bool | None,
         typer.Option("--resume", rich_help_panel=RUN, help="Go on with the run in --output."),
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(rich_help_panel=RUN, help="Steps between checkpoints [20].")
+        int | None,
+        typer.Option(rich_help_panel=RUN, help="Steps between checkpoints (default 20)."),
     ] = None,
     compare_mezo: Annotated[
         bool | None,
@@ -299,7 +323,7 @@ def finetune(
         str | None,
         typer.Option(
             rich_help_panel=RUN,
-            help="Where --demo keeps model and data [$ZOKERNELS_CACHE or ~/.cache/zokernels].",
+            help="Where --demo keeps its files (default $ZOKERNELS_CACHE or ~/.cache/zokernels).",
         ),
     ] = None,
 ) -> None:

@@ -189,7 +189,7 @@ class Config:
         for name, value in self.to_dict().items():
             theirs = other.to_dict()[name]
             if name not in FREE_ON_RESUME and value != theirs:
-                return f"{_flag(name)} was {theirs!r} and is {value!r} now"
+                return f"{_flag(name)} was {value!r} and is {theirs!r} now"
         return None
 
 

@@ -32,6 +32,11 @@ class Objective:
         self.positions = takes(model, "position_ids")
         self.fewer = takes(model, "logits_to_keep")
         self.cache = takes(model, "use_cache")
+        self._rows = False  # whether the label words' rows of the head are enough
+
+    def settle(self, model: nn.Module, batch: Batch) -> None:
+        """Look, on a batch, whether logits of the label words alone can be had."""
+        self._rows = batch.candidates is not None and self._rows_are_enough(model, batch)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch: a scalar."""
@@ -49,6 +54,8 @@ class Objective:
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihood of every candidate, up to a constant per example: float32 ``[B, C]``."""
         if batch.candidates is not None:
+            if self._rows:
+                return self._few_logits(model, batch, batch.candidates).float()
             return self._logits(model, batch, 1)[:, -1, batch.candidates].float()
         return self._log_likelihoods(model, batch)
 
@@ -70,17 +77,48 @@ class Objective:
         assert batch.targets is not None
         return -losses.sum(1).view(batch.targets.numel(), -1)
 
-    def _logits(self, model: nn.Module, batch: Batch, last: int) -> Tensor:
-        """Logits of at least the last positions."""
-        extra: dict[str, Any] = {}
-        if self.fewer:
-            extra["logits_to_keep"] = last
-        if self.cache:
-            extra["use_cache"] = False
-        inputs = dict(batch.inputs)
+    def _few_logits(self, model: nn.Module, batch: Batch, candidates: Tensor) -> Tensor:
+        """The label words' logits at the last position, without the rest of the vocabulary."""
+        whole: Any = model
+        hidden = whole.base_model(**self._arguments(batch)).last_hidden_state[:, -1]
+        head = whole.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[candidates]
+        return F.linear(hidden, head.weight[candidates], bias)
+
+    def _rows_are_enough(self, model: nn.Module, batch: Batch) -> bool:
+        """Whether :meth:`_few_logits` is what the model gives: tried on this batch.
+
+        Not for a head that moves (its rows would have to be displaced one by one), nor for adapters
+        or models that do more to the logits than a linear layer.
+        """
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        known = type(head) is nn.Linear and not head.weight.requires_grad
+        if not known or not hasattr(model, "base_model") or hasattr(model, "peft_config"):
+            return False
+        assert batch.candidates is not None
+        with torch.no_grad():
+            whole = self._logits(model, batch, 1)[:, -1, batch.candidates].float()
+            try:
+                few = self._few_logits(model, batch, batch.candidates).float()
+            except (AttributeError, TypeError):
+                return False
+        size = whole.abs().max().item()
+        return whole.shape == few.shape and (whole - few).abs().max().item() <= 1e-3 * size
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = dict(batch.inputs)
         if not self.positions:
             del inputs["position_ids"]
-        logits: Tensor = model(**inputs, **extra).logits
+        if self.cache:
+            inputs["use_cache"] = False
+        return inputs
+
+    def _logits(self, model: nn.Module, batch: Batch, last: int) -> Tensor:
+        """Logits of at least the last positions."""
+        arguments = self._arguments(batch)
+        if self.fewer:
+            arguments["logits_to_keep"] = last
+        logits: Tensor = model(**arguments).logits
         return logits
 
 

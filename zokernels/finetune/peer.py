@@ -9,6 +9,7 @@ Source: Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Pass
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from zokernels.finetune.memory import Peak
 
 VARIANTS = ("plain", "add_")
-_DRIFT_STEPS = 10
 _NO_DECAY = ("bias", "layer_norm", "layernorm")
 
 
@@ -85,27 +85,32 @@ def mezo_step(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds a step on one batch and model, measured in turns.
+    """Our step beside MeZO's loop on one batch and model, measured in turns.
 
     Attributes:
-        ours, mezo: medians; ``mezo`` is the faster of the two variants.
+        what: which parameters move.
+        parameters: how many those are.
+        directions: directions a step.
+        ours, mezo: median seconds a step; ``mezo`` is the faster of the two variants.
         variant: which one that is.
         ratio: median over the rounds of ``mezo / ours``.
         rounds: how often each was measured.
+        measured: whether MeZO's loop ran with this many directions; else its time is that of one
+            direction times their number.
         peak_ours, peak_mezo: bytes on top of what was held before.
-        drift: how far MeZO's loop at learning rate 0 has moved the weights after ``drift_steps``
-            steps, relative to their norm; ours is 0.
     """
 
+    what: str
+    parameters: int
+    directions: int
     ours: float
     mezo: float
     variant: str
     ratio: float
     rounds: int
+    measured: bool
     peak_ours: int
     peak_mezo: int
-    drift: float
-    drift_steps: int
 
 
 def compare(
@@ -113,20 +118,21 @@ def compare(
     ours: Callable[[], object],
     loss: Callable[[], Tensor],
     *,
+    what: str,
     lr: float,
     eps: float,
-    weight_decay: float,
-    directions: int,
-    seconds: float = 20.0,
+    weight_decay: float = 0.0,
+    seconds: float = 15.0,
     progress: Callable[[], object] = lambda: None,
 ) -> Comparison:
-    """Measure our step and MeZO's in turns. The weights are moved: use a model that is done with.
+    """Measure our step of one direction and MeZO's in turns; the weights are moved.
 
     Args:
-        model: with ``requires_grad`` on what moves.
+        model: with ``requires_grad`` on what moves; done with, since its weights change.
         ours: one step of ours.
         loss: the same batch's loss at the weights as they are.
-        lr, eps, weight_decay, directions: of both.
+        what: name of what moves.
+        lr, eps, weight_decay: of MeZO's loop.
         seconds: about how long to measure, after one warm-up of each; at least two rounds. When
             that is too short for both variants of MeZO's loop, the one that was faster in its
             warm-up is measured.
@@ -136,22 +142,16 @@ def compare(
     steps: dict[str, Callable[[], object]] = {"ours": ours}
     for variant in VARIANTS:
         steps[variant] = lambda variant=variant: mezo_step(  # type: ignore[misc]
-            model,
-            loss,
-            seed=1,
-            lr=lr,
-            eps=eps,
-            weight_decay=weight_decay,
-            directions=directions,
-            variant=variant,
+            model, loss, seed=1, lr=lr, eps=eps, weight_decay=weight_decay, variant=variant
         )
     warm: dict[str, float] = {}
     peaks: dict[str, int] = {}
     for name, step in steps.items():
-        start = time.perf_counter()
         with Peak(device) as peak:
+            start = time.perf_counter()
             step()
-        warm[name] = time.perf_counter() - start
+            _synchronize(device)
+            warm[name] = time.perf_counter() - start
         peaks[name] = peak.above
         progress()
     if 3 * sum(warm.values()) > seconds:
@@ -160,35 +160,50 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            step()
-            _synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(step, device))
             progress()
     peers = [name for name in VARIANTS if name in steps]
     best = min(peers, key=lambda name: statistics.median(times[name]))
-    moving = [p for p in model.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in moving]
-    nothing = torch.zeros((), device=device)
-    for i in range(_DRIFT_STEPS):
-        mezo_step(model, lambda: nothing, seed=100 + i, lr=0.0, eps=eps, variant="add_")
-    moved = sum(
-        (p.detach().double() - b.double()).square().sum().item()
-        for p, b in zip(moving, before, strict=True)
-    )
-    size = sum(b.double().square().sum().item() for b in before)
     return Comparison(
+        what,
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        1,
         statistics.median(times["ours"]),
         statistics.median(times[best]),
         best,
         statistics.median(m / o for m, o in zip(times[best], times["ours"], strict=True)),
         rounds,
+        True,
         peaks["ours"],
         peaks[best],
-        (moved / size) ** 0.5 if size else 0.0,
-        _DRIFT_STEPS,
     )
+
+
+def drift(model: nn.Module, *, eps: float, steps: int = 10) -> float:
+    """How far MeZO's loop moves the weights in steps without an update, relative to their norm.
+
+    Its probes are put in place and taken away in the weights' own precision; ours never are.
+    """
+    moving = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in moving]
+    nothing = torch.zeros((), device=moving[0].device)
+    for i in range(steps):
+        mezo_step(model, lambda: nothing, seed=100 + i, lr=0.0, eps=eps)
+    moved = sum(
+        (p.detach().double() - b.double()).square().sum().item()
+        for p, b in zip(moving, before, strict=True)
+    )
+    size = sum(b.double().square().sum().item() for b in before)
+    return math.sqrt(moved / size) if size else 0.0
+
+
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds one call takes."""
+    _synchronize(device)
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

@@ -101,6 +101,8 @@ def show(summary: Summary, console: Console) -> None:
         table.add_row("mean ± s.e. over seeds", *cells)
     console.print(table)
     console.print(_verdict(summary), highlight=False)
+    if summary.comparisons:
+        console.print(_beside_mezo(summary))
     for line in _costs(summary):
         console.print(line, highlight=False)
 
@@ -145,20 +147,42 @@ def _costs(summary: Summary) -> list[str]:
     ]
     if any(r.skipped for r in summary.runs):
         lines.append(f"steps skipped, loss not finite: {[r.skipped for r in summary.runs]}")
-    c = summary.comparison
-    if c is not None:
+    if summary.mezo_drift is not None:
         lines.append(
-            f"beside MeZO's own loop, same model and batch, in turns ({c.rounds} rounds, medians): "
-            f"ours {1e3 * c.ours:.0f} ms (+{_mib(c.peak_ours)}), MeZO's, the faster of its "
-            f"variants ({c.variant}), {1e3 * c.mezo:.0f} ms (+{_mib(c.peak_mezo)}): {c.ratio:.2f}x"
-        )
-        lines.append(
-            f"weights after {c.drift_steps} probing steps without an update: MeZO's loop has moved "
-            f"them by {c.drift:.1e} of their norm; ours never writes them"
+            f"10 probing steps without an update move the weights by {summary.mezo_drift:.1e} of "
+            f"their norm in MeZO's loop; ours never writes them"
         )
     folder = Path(summary.config.output)
     lines.append(f"total {summary.seconds:.0f} s; results in {folder}, picture {folder / PICTURE}")
     return lines
+
+
+def _beside_mezo(summary: Summary) -> Table:
+    """Time and memory of a step beside MeZO's own loop."""
+    first = summary.comparisons[0]
+    table = Table(
+        title="A step beside MeZO's own loop (same model and batch, measured in turns)",
+        caption=f"medians of {first.rounds} rounds or more; the faster of MeZO's variants "
+        f"({first.variant}); * one direction's time, times the directions"
+        if any(not row.measured for row in summary.comparisons)
+        else f"medians; the faster of MeZO's variants ({first.variant})",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("moving")
+    for name in ("parameters", "directions", "ours", "MeZO", "ratio", "+memory ours", "MeZO"):
+        table.add_column(name, justify="right")
+    for row in summary.comparisons:
+        table.add_row(
+            row.what,
+            f"{row.parameters:,}",
+            str(row.directions),
+            f"{1e3 * row.ours:,.0f} ms",
+            f"{1e3 * row.mezo:,.0f} ms" + ("" if row.measured else " *"),
+            f"{row.ratio:.2f}x",
+            _mib(row.peak_ours) if row.measured else "",
+            _mib(row.peak_mezo) if row.measured else "",
+        )
+    return table
 
 
 def _mib(count: int) -> str:

@@ -35,13 +35,14 @@ from rich.progress import (
 )
 from torch import nn
 
+from zokernels.branches import dual_loss
 from zokernels.finetune import data as data_
 from zokernels.finetune import models
 from zokernels.finetune.config import Config, UserError, build, lr_factor
 from zokernels.finetune.data import Prepared
 from zokernels.finetune.memory import Peak
 from zokernels.finetune.objective import Objective, Score, evaluate
-from zokernels.finetune.peer import Comparison, compare
+from zokernels.finetune.peer import Comparison, compare, drift
 from zokernels.groups import param_groups
 from zokernels.optim import MeZO
 from zokernels.trajectory import Trajectory, TrajectoryError
@@ -93,7 +94,8 @@ class Summary:
     parameters: int
     train_examples: int
     seconds: float
-    comparison: Comparison | None = None
+    comparisons: list[Comparison] = field(default_factory=list)
+    mezo_drift: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def spread(self, values: list[float]) -> tuple[float, float | None]:
@@ -132,7 +134,8 @@ class Summary:
             "parameters": self.parameters,
             "train_examples": self.train_examples,
             "seconds": self.seconds,
-            "comparison": None if self.comparison is None else dataclasses.asdict(self.comparison),
+            "comparisons": [dataclasses.asdict(row) for row in self.comparisons],
+            "mezo_drift": self.mezo_drift,
             "notes": self.notes,
         }
 
@@ -199,7 +202,11 @@ def finetune(config: Config, console: Console) -> Summary:
                 model.save_pretrained(place / WEIGHTS)  # type: ignore[operator]
                 tokenizer.save_pretrained(place / WEIGHTS)
         del start_weights
-        comparison = _compare(config, prepared, model, progress) if config.compare_mezo else None
+        comparisons: list[Comparison] = []
+        mezo_drift = None
+        if config.compare_mezo:
+            comparisons = _compare(config, prepared, model, progress, runs[-1].seconds_per_step)
+            mezo_drift = drift(model, eps=config.eps)
     summary = Summary(
         config,
         before,
@@ -208,7 +215,8 @@ def finetune(config: Config, console: Console) -> Summary:
         sum(p.numel() for p in model.parameters()),
         len(prepared.train),
         time.perf_counter() - start,
-        comparison,
+        comparisons,
+        mezo_drift,
         prepared.notes,
     )
     _write(folder / SUMMARY, summary.to_dict())
@@ -231,6 +239,7 @@ class _Trainer:
         self.folder, self.progress = folder, progress
         self.device = models.device_of(config)
         self.objective = Objective(model, config.objective)
+        self.objective.settle(model, data_.collate(prepared, prepared.train[:2], self.device))
 
     def score(self, label: str) -> Score:
         task = self.progress.add_task(label, total=len(self.prepared.held_out), note="")
@@ -263,6 +272,7 @@ class _Trainer:
                 label, total=config.steps, completed=optimizer.num_steps, note=""
             )
             try:
+                self._check(optimizer)
                 with lines.open("a", encoding="utf-8") as metrics:
                     self._steps(optimizer, metrics, history, task)
             finally:
@@ -283,6 +293,18 @@ class _Trainer:
         )
         _write(result, dataclasses.asdict(run))
         return run
+
+    def _check(self, optimizer: MeZO) -> None:
+        """Let the first use of a model, which runs every branch on its own too, be a small one."""
+        if optimizer.num_steps < self.config.steps:
+            dual_loss(
+                self.model,
+                data_.collate(self.prepared, self.prepared.train[:2], self.device),
+                seed=0,
+                eps=self.config.eps,
+                loss_fn=self.objective,
+                distribution=self.config.distribution,
+            )
 
     def _steps(self, optimizer: MeZO, metrics: Any, history: _History, task: TaskID) -> None:
         config = self.config
@@ -421,26 +443,56 @@ def _before(trainer: _Trainer, folder: Path) -> Score:
 
 
 def _compare(
-    config: Config, prepared: Prepared, model: nn.Module, progress: Progress
-) -> Comparison:
-    """Time and memory of a step against MeZO's loop; moves the model's weights."""
+    config: Config, prepared: Prepared, model: nn.Module, progress: Progress, seconds: float
+) -> list[Comparison]:
+    """A step beside MeZO's loop, for what moves and for all parameters; moves the weights.
+
+    ``seconds`` is a step's time in the run.
+    """
     device = models.device_of(config)
-    objective = Objective(model, config.objective)
-    optimizer = make_optimizer(config, model, config.seed)
     indices = data_.order(len(prepared.train), config.batch_size, config.seed, 0)
     batch = data_.collate(prepared, [prepared.train[i] for i in indices], device)
     task = progress.add_task("MeZO's loop beside ours", total=None, note="")
-    try:
+
+    def one_direction(what: str) -> Comparison:
+        single = dataclasses.replace(config, num_directions=1, momentum=0.0)
+        optimizer = make_optimizer(single, model, config.seed)
+        objective = Objective(model, config.objective)
+        objective.settle(model, batch)
         return compare(
             model,
             lambda: optimizer.step(batch, objective),
             lambda: objective(model, batch),
+            what=what,
             lr=config.lr,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            directions=config.num_directions,
             progress=lambda: progress.advance(task),
         )
+
+    try:
+        rows = [one_direction(config.trainable)]
+        if config.num_directions > 1:
+            several = config.num_directions
+            mezo = several * rows[0].mezo
+            rows.append(
+                dataclasses.replace(
+                    rows[0],
+                    directions=several,
+                    ours=seconds,
+                    mezo=mezo,
+                    ratio=mezo / seconds,
+                    measured=False,
+                )
+            )
+        if config.trainable not in ("full", "lora"):
+            moving = [p for p in model.parameters() if p.requires_grad]
+            model.requires_grad_(True)
+            rows.append(one_direction("full"))
+            model.requires_grad_(False)
+            for parameter in moving:
+                parameter.requires_grad_(True)
+        return rows
     finally:
         progress.remove_task(task)
 
