@@ -1,7 +1,7 @@
 """Loads the native libraries that lie next to this package, by exact file name.
 
-A library that is missing, does not load or was built from other sources is an ``ImportError`` that says
-why and what to do; the registry keeps it as the backend's reason.
+A library that is missing, does not load or was built from other sources is an ``ImportError`` that
+says why and what to do; the registry keeps it as the backend's reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def native_library(name: str) -> ctypes.CDLL:
         raise ImportError(f"{path} does not exist: the native backend was not built; {_REBUILD}")
     try:
         # load_library registers the ops; the second handle reaches the plain C functions.
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(

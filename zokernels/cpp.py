@@ -1,8 +1,8 @@
 """The C++ CPU backend: adapters from the ops' positional signatures to the native functions.
 
-The arithmetic is in ``csrc/cpu``; this module allocates outputs, makes inputs contiguous and turns a
-refused index into the error the reference raises. ``ZOKERNELS_CPU=avx512|avx2|portable`` chooses the
-instruction set; the results do not depend on it.
+The arithmetic is in ``csrc/cpu``; this module allocates outputs, makes inputs contiguous and turns
+a refused index into the error the reference raises. ``ZOKERNELS_CPU=avx512|avx2|portable`` chooses
+the instruction set; the results do not depend on it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def use_instruction_set(name: str) -> None:
         )
     if status == 2:
         raise RuntimeError(
-            f"instruction set {name!r} is not supported here; this machine runs {instruction_sets()}"
+            f"instruction set {name!r} is not supported here; available: {instruction_sets()}"
         )
 
 

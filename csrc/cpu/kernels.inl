@@ -365,9 +365,40 @@ ZK_INLINE void rounding_unit(const Words16& w, bool odd, U r16[4]) {
   r16[3] = odd ? shr<16>(w.w3) : w.w3 & low;
 }
 
-__attribute__((noinline)) void probe_rounding_unit(uint32_t base, const Keys& keys,
-                                                   const PhiloxRow& row, bool odd, U* r16) {
-  rounding_unit(philox16(base, keys, row), odd, r16);
+// One unit of displaced weights under any number of terms, to nearest or stochastically.
+template <bool full, class In, class Out, Distribution kind>
+__attribute__((noinline)) void displace_unit(const DisplaceArgs& a, const Noise<kind>& noise,
+                                             const PhiloxRow* rounding_row, uint64_t group, int l,
+                                             bool upper, const Span& span, const In* w, Out* out,
+                                             int64_t branch_stride, float* acc) {
+  const int64_t terms = a.terms.count;
+  F v[4], z[4];
+  load_unit<full>(w, span, v);
+  for (int64_t g = 0; g < a.branches; ++g)
+    for (int j = 0; j < 4; ++j) store(acc + g * 64 + j * kLanes, v[j]);
+  for (int64_t k = 0; k < terms; ++k) {
+    noise.template unit<false>(k, group, l, upper, z);
+    for (int64_t g = 0; g < a.branches; ++g) {
+      const F c = splat(a.coeffs[g * terms + k]);
+      for (int j = 0; j < 4; ++j) {
+        float* p = acc + g * 64 + j * kLanes;
+        store(p, fma(c, z[j], load(p)));
+      }
+    }
+  }
+  U r16[4];
+  if (rounding_row)
+    rounding_unit(philox16(static_cast<uint32_t>(group / 2 * 64) + static_cast<uint32_t>(l),
+                           a.terms.keys[0], *rounding_row),
+                  group % 2 != 0, r16);
+  for (int64_t g = 0; g < a.branches; ++g) {
+    for (int j = 0; j < 4; ++j) {
+      v[j] = load(acc + g * 64 + j * kLanes);
+      if (sizeof(In) != sizeof(Out) && a.round_to_input) v[j] = quantize(v[j], In{});
+      if (rounding_row) v[j] = quantize(v[j], r16[j], Out{});
+    }
+    store_unit_nearest<full>(out + g * branch_stride, span, v);
+  }
 }
 
 template <Distribution kind, class In, class Out>
@@ -375,10 +406,10 @@ void displace_region(const DisplaceArgs& a, Region region, Out* out, int64_t row
                      int64_t branch_stride) {
   NoiseStorage<kind> storage(a.terms);
   Noise<kind>& noise = storage.noise;
-  Buffer<float, 4 * 64> accs(a.terms.count > 1 ? a.branches * 64 : 0);
-  float* acc = accs.get();
-  const int64_t terms = a.terms.count, branches = a.branches;
-  const bool stochastic = a.rounding == Rounding::stochastic && terms > 0;
+  Buffer<float, 4 * 64> acc(a.branches * 64);
+  const int64_t branches = a.branches;
+  const bool stochastic = a.rounding == Rounding::stochastic && a.terms.count > 0;
+  const bool hot = a.terms.count == 1 && !stochastic;
   PhiloxRow rounding_row{};
   for_rows<false, In>(
       a.w, region, a.place.col_offset, [&](int64_t r, int64_t c, const In* w, int64_t cols) {
@@ -392,62 +423,27 @@ void displace_region(const DisplaceArgs& a, Region region, Out* out, int64_t row
             start, start + static_cast<uint64_t>(cols),
             [&](uint64_t p, uint64_t q) { noise.panel(p, q); },
             [&](auto full, uint64_t group, int l, bool upper, const Span& span) {
-              U r16[4];
-              if (stochastic)
-                probe_rounding_unit(
-                    static_cast<uint32_t>(group / 2 * 64) + static_cast<uint32_t>(l),
-                    a.terms.keys[0], rounding_row, group % 2 != 0, r16);
-              const auto finish = [&](int64_t g, F v[4]) {
-                if constexpr (sizeof(In) != sizeof(Out)) {
-                  if (a.round_to_input)
-                    for (int j = 0; j < 4; ++j) v[j] = quantize(v[j], In{});
-                }
-                Out* to = o + g * branch_stride;
-                if (stochastic) {
-                  for (int j = 0; j < 4; ++j) v[j] = quantize(v[j], r16[j], Out{});
-                  store_unit<full.value>(to, span, v);
-                } else {
-                  store_unit_nearest<full.value>(to, span, v);
-                }
-              };
-              F v[4], z[4];
-              load_unit<full.value>(w, span, v);
-              if (terms == 1) {
-                noise.template unit<full.value>(0, group, l, upper, z);
-                for (int64_t g = 0; g < branches; ++g) {
-                  const F c1 = splat(a.coeffs[g]);
-                  F y[4];
+              if constexpr (full.value) {
+                if (hot) {
+                  F v[4], z[4];
+                  load_unit<true>(w, span, v);
+                  noise.template unit<true>(0, group, l, true, z);
+                  for (int64_t g = 0; g < branches; ++g) {
+                    const F c1 = splat(a.coeffs[g]);
+                    F y[4];
 #pragma GCC unroll 4
-                  for (int j = 0; j < 4; ++j) y[j] = fma(c1, z[j], v[j]);
-                  finish(g, y);
-                }
-                return;
-              }
-              if (terms == 0) {
-                for (int64_t g = 0; g < branches; ++g) {
-                  F y[4] = {v[0], v[1], v[2], v[3]};
-                  finish(g, y);
-                }
-                return;
-              }
-              for (int64_t g = 0; g < branches; ++g)
-                for (int j = 0; j < 4; ++j) store(acc + g * 64 + j * kLanes, v[j]);
-              for (int64_t k = 0; k < terms; ++k) {
-                noise.template unit<false>(k, group, l, upper, z);
-                for (int64_t g = 0; g < branches; ++g) {
-                  const F ck = splat(a.coeffs[g * terms + k]);
-#pragma GCC unroll 4
-                  for (int j = 0; j < 4; ++j) {
-                    float* p = acc + g * 64 + j * kLanes;
-                    store(p, fma(ck, z[j], load(p)));
+                    for (int j = 0; j < 4; ++j) y[j] = fma(c1, z[j], v[j]);
+                    if constexpr (sizeof(In) != sizeof(Out)) {
+                      if (a.round_to_input)
+                        for (int j = 0; j < 4; ++j) y[j] = quantize(y[j], In{});
+                    }
+                    store_unit_nearest<true>(o + g * branch_stride, span, y);
                   }
+                  return;
                 }
               }
-              for (int64_t g = 0; g < branches; ++g) {
-                F y[4];
-                for (int j = 0; j < 4; ++j) y[j] = load(acc + g * 64 + j * kLanes);
-                finish(g, y);
-              }
+              displace_unit<full.value>(a, noise, stochastic ? &rounding_row : nullptr, group, l,
+                                        upper, span, w, o, branch_stride, acc.get());
             });
       });
 }
