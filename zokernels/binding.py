@@ -8,6 +8,7 @@ wrong number.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,12 @@ from zokernels._checks import DTYPES
 from zokernels.noise import matrix_shape, parameter_ids
 
 Selection = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+BUSY = (
+    "an evaluation at branches of this model is already active: evaluations of one model do not nest and "
+    "do not run on several threads"
+)
 
 
 class ModelChangedError(RuntimeError):
@@ -73,6 +80,9 @@ class Binding:
 
     def __init__(self, model: nn.Module, params: Selection = None) -> None:
         self.model = unwrap(model)
+        self.lock = _slot(self.model).lock  # held while the parameters are replaced
+        if self.lock.locked():
+            raise RuntimeError(BUSY)
         named = dict(self.model.named_parameters())
         if params is None:
             names = [n for n, p in named.items() if p.requires_grad]
@@ -167,6 +177,8 @@ class Binding:
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:
+    if getattr(parameter, "is_stand_in", False):
+        raise RuntimeError(BUSY)  # a part of a model that is being evaluated
     if parameter.device.type == "meta":
         raise ValueError(
             f"parameter {name!r} is on the meta device (not loaded, or offloaded): load it before "
@@ -182,18 +194,24 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
 
 
 class _Slot:
-    """Keeps a model's binding on the model, so that both die together; copies start empty."""
+    """A model's default binding and its lock, kept on the model: they die together, copies start empty."""
 
     KEY = "_zokernels_binding"
 
     def __init__(self) -> None:
         self.binding: Binding | None = None
+        self.lock = threading.Lock()
 
     def __deepcopy__(self, memo: object) -> _Slot:
         return _Slot()
 
     def __reduce__(self) -> tuple[type[_Slot], tuple[()]]:
         return _Slot, ()
+
+
+def _slot(model: nn.Module) -> _Slot:
+    slot: _Slot = model.__dict__.setdefault(_Slot.KEY, _Slot())
+    return slot
 
 
 def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
@@ -217,7 +235,7 @@ def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
     if params is not None:
         return Binding(model, params)
     model = unwrap(model)
-    slot: _Slot = model.__dict__.setdefault(_Slot.KEY, _Slot())
+    slot = _slot(model)
     cached = slot.binding
     if cached is not None and cached.model is model:
         trainable = [id(p) for p in model.parameters() if p.requires_grad]

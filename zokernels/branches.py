@@ -11,32 +11,27 @@ that says why. The weights themselves are never written.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from zokernels.binding import Binding, BoundParameter, Selection, bind
-from zokernels.lazy import Lazy
+from zokernels import verify
+from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind
+from zokernels.lazy import Lazy, LazyParameter
+from zokernels.losses import loss_of
 from zokernels.noise import DISTRIBUTIONS, signed_seed
+from zokernels.precision import CompositeOps
 
 Seeds = Tensor | Sequence[int]
 Coeffs = Tensor | Sequence[Sequence[float]]
-
-# A stacked evaluation differs from one branch at a time by the order of sums only. Relative to the
-# largest value of an output.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 _warn_of_loops: Callable[[bool], None] = functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 
@@ -54,6 +49,7 @@ class _Memory:
     def __init__(self, binding: Binding) -> None:
         self.lazy = Lazy(binding)
         self.checked = False
+        self.looked = False  # for readers of the original weights
         self.sequential: str | None = None  # the reason, when stacking was given up
         self.aliases: tuple[BoundParameter, ...] = ()  # used behind the module tree's back
         self.reported = False
@@ -136,10 +132,9 @@ class Branches:
         memory = self._memory()
         if torch.compiler.is_compiling():
             return self._captured(memory, fn)
-        if self.sequential or self.num_branches == 1:
-            return self._one_by_one(memory, fn)
-        if memory.sequential is not None and self.sequential is None:
-            return self._one_by_one(memory, fn)
+        given_up = memory.sequential is not None and self.sequential is None
+        if self.sequential or self.num_branches == 1 or given_up:
+            return (self._one_by_one if memory.looked else self._first_one_by_one)(memory, fn)
         if not memory.checked:
             return self._first_use(memory, fn)
         try:
@@ -173,8 +168,10 @@ class Branches:
     # --- how ------------------------------------------------------------------------------------------
 
     def _memory(self) -> _Memory:
-        self.binding.check()
         memory = _memories.get(self.binding)
+        if self.binding.lock.locked():
+            raise RuntimeError(BUSY)
+        self.binding.check()
         if memory is None:
             memory = _memories[self.binding] = _Memory(self.binding)
         memory.lazy.follow(self.binding)
@@ -183,11 +180,8 @@ class Branches:
     @contextlib.contextmanager
     def _active(self, memory: _Memory, coeffs: Tensor) -> Iterator[None]:
         lazy = memory.lazy
-        if not lazy.state.lock.acquire(blocking=False):
-            raise RuntimeError(
-                "an evaluation at branches of this model is already active: evaluations of one model "
-                "do not nest and do not run on several threads"
-            )
+        if not self.binding.lock.acquire(blocking=False):
+            raise RuntimeError(BUSY)
         try:
             lazy.state.begin(self.seeds, coeffs, self.scale, self.distribution)
             aliased = {p.name for p in memory.aliases}
@@ -209,7 +203,7 @@ class Branches:
                     if "torch._dynamo" in sys.modules:
                         stack.enter_context(torch.compiler.set_stance("force_eager"))
                     if memory.low_precision or memory.autocast:
-                        stack.enter_context(_CompositeOps())
+                        stack.enter_context(CompositeOps())
                     yield
                 finally:
                     for p in swapped:
@@ -221,7 +215,7 @@ class Branches:
                     )
         finally:
             lazy.state.end()
-            lazy.state.lock.release()
+            self.binding.lock.release()
 
     def _stacked(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
         state = memory.lazy.state
@@ -231,6 +225,7 @@ class Branches:
             state.level = functorch.maybe_get_level(branch)
             try:
                 leaves, spec = _flatten(fn())
+                leaves = [_plain(leaf) for leaf in leaves]
             finally:
                 state.level = None
             layout[:] = [leaves, spec]
@@ -278,74 +273,72 @@ class Branches:
     def _first_use(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
         """Stack, compare with one branch at a time, and remember which of them to trust."""
         with _same_buffers(self.binding.model), _same_random_numbers(self.binding.device) as rewind:
-            problem: str | None = None
-            failure: Exception | None = None
-            stacked = None
-            for again in (False, True):
-                problem = None
-                try:
-                    stacked = self._stacked(memory, fn)
-                except Exception as error:
-                    if _out_of_memory(error):
-                        raise
-                    problem = _reason(error)
-                    failure = error
-                if again or memory.autocast or not memory.lazy.state.low_precision:
-                    break
+            stacked, failure = self._try_stacked(memory, fn)
+            if memory.lazy.state.low_precision and not memory.autocast:
                 memory.autocast = True  # seen now: run again under its rules for composite ops
                 rewind()
-            if problem is not None and self.sequential is False:
-                assert failure is not None
+                stacked, failure = self._try_stacked(memory, fn)
+            if failure is not None and self.sequential is False:
                 raise failure
-            used = set(memory.lazy.state.touched)
             formed = dict(memory.lazy.state.materialised)
             rewind()
-            outputs = self._one_by_one(memory, fn)
-            if problem is None:
-                dtypes = {p.dtype for p in self.binding.model.parameters() if p.is_floating_point()}
-                if memory.autocast:
-                    dtypes.add(torch.bfloat16)
-                problem = _difference(stacked, outputs, dtypes)
-                if problem is not None and self.sequential is False:
-                    raise RuntimeError(f"stacked evaluation is not exact for this model: {problem}")
-            else:
-                used = set(memory.lazy.state.touched)
-            unused = [p for p in self.binding.params if p.name not in used]
-            if unused:
-                rewind()
-                memory.aliases = self._find_aliases(memory, fn, unused)
-                if memory.aliases:
-                    problem = "parameters are used from outside the module tree: " + ", ".join(
-                        p.name for p in memory.aliases[:5]
-                    )
-                    if self.sequential is False:
-                        raise RuntimeError(f"stacked evaluation is impossible: {problem}")
-                    rewind()
-                    outputs = self._one_by_one(memory, fn)
-        memory.checked = True
-        if problem is not None:
-            self._give_up(memory, problem)
-            return outputs
-        self._report(memory, formed)
-        return stacked
-
-    def _find_aliases(
-        self, memory: _Memory, fn: Callable[[], Any], unused: list[BoundParameter]
-    ) -> tuple[BoundParameter, ...]:
-        """Those of the unused parameters that change the result after all."""
-        plain = self._single(memory, fn)
-        with self._exchanged(unused, self.coeffs[0]):
-            moved = self._single(memory, fn, without=unused)
-        return tuple(unused) if _difference(plain, moved) else ()
-
-    def _single(
-        self, memory: _Memory, fn: Callable[[], Any], without: Sequence[BoundParameter] = ()
-    ) -> Any:
-        with _same_random_numbers(self.binding.device), self._active(memory, self.coeffs[:1]):
-            leaves, spec = _flatten(fn())
-            return tree_unflatten(
-                [_plain(leaf)[None] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+            outputs = self._first_one_by_one(memory, fn)
+        if failure is not None:
+            problem: str | None = _reason(failure)
+        elif memory.aliases:
+            problem = "parameters are used from outside the module tree: " + ", ".join(
+                p.name for p in memory.aliases[:5]
             )
+        else:
+            dtypes = {p.dtype for p in self.binding.model.parameters() if p.is_floating_point()}
+            if memory.autocast:
+                dtypes.add(torch.bfloat16)
+            problem = verify.difference(stacked, outputs, dtypes)
+        memory.checked = True
+        if problem is None:
+            self._report(memory, formed)
+            return stacked
+        if self.sequential is False:
+            raise RuntimeError(f"stacked evaluation is not exact for this model: {problem}")
+        self._give_up(memory, problem)
+        return outputs
+
+    def _try_stacked(self, memory: _Memory, fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        try:
+            return self._stacked(memory, fn), None
+        except Exception as error:
+            if _out_of_memory(error):
+                raise
+            return None, error
+
+    def _first_one_by_one(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
+        """One branch at a time, with a look at who reads the original weights."""
+        params = self.binding.params
+
+        def run(poison: Sequence[BoundParameter]) -> Any:
+            """The outputs, or None when they are not finite or the function fails."""
+            rewind()
+            try:
+                with verify.poisoned(poison):
+                    outputs = self._one_by_one(memory, fn)
+            except Exception as error:
+                if _out_of_memory(error):
+                    raise
+                return None
+            return outputs if verify.finite(outputs) else None
+
+        with _same_buffers(self.binding.model), _same_random_numbers(self.binding.device) as rewind:
+            outputs = run(params)
+            if outputs is None:
+                rewind()
+                outputs = self._one_by_one(memory, fn)  # raises where fn itself is at fault
+                if not verify.finite(outputs):
+                    return outputs  # NaN losses hide what poison would show: look again next time
+                memory.aliases = verify.readers(params, lambda part: run(part) is not None)
+                rewind()
+                outputs = self._one_by_one(memory, fn)
+        memory.looked = True
+        return outputs
 
     @contextlib.contextmanager
     def _exchanged(self, params: Sequence[BoundParameter], coeffs: Tensor) -> Iterator[None]:
@@ -464,58 +457,6 @@ def dual_loss(
     return losses[0], losses[1]
 
 
-def loss_of(
-    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
-) -> Callable[[], Tensor]:
-    """The scalar loss of a batch, as a function without arguments.
-
-    Raises:
-        TypeError: without ``loss_fn``, ``batch`` is not a mapping. The returned function raises
-            ValueError when the loss is missing or not a scalar.
-    """
-    if loss_fn is None and not isinstance(batch, Mapping):
-        raise TypeError(
-            f"batch must be a mapping of the model's keyword arguments when there is no loss_fn; got "
-            f"{type(batch).__name__}"
-        )
-
-    keywords = dict(batch) if loss_fn is None else {}
-    if loss_fn is None and "use_cache" not in keywords and _takes_use_cache(model):
-        keywords["use_cache"] = False  # a loss needs no key-value cache; transformers keeps one
-
-    def loss() -> Tensor:
-        value: Any
-        if loss_fn is not None:
-            value = loss_fn(model, batch)
-        else:
-            output = model(**keywords)
-            plain = isinstance(output, Mapping)
-            value = output.get("loss") if plain else getattr(output, "loss", None)
-            if value is None:
-                raise ValueError(
-                    "the model's output has no loss: put labels into the batch, or give a loss_fn"
-                )
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the loss must be a scalar tensor; got {type(value).__name__}")
-        if value.numel() != 1:
-            raise ValueError(
-                f"the loss must be a scalar; got shape {tuple(value.shape)}: reduce it (mean)"
-            )
-        if not value.is_floating_point():
-            raise ValueError(f"the loss must be floating point; got {value.dtype}")
-        scalar: Tensor = value.reshape(())
-        return scalar
-
-    return loss
-
-
-def _takes_use_cache(model: nn.Module) -> bool:
-    """Whether ``model.forward`` names a ``use_cache`` argument (peft models forward theirs)."""
-    peft: Any = getattr(model, "get_base_model", None)
-    inner = peft() if peft is not None else model
-    return "use_cache" in inspect.signature(inner.forward).parameters
-
-
 @contextlib.contextmanager
 def displaced(
     model: nn.Module | Binding,
@@ -624,38 +565,8 @@ def _flatten(value: Any) -> tuple[list[Any], Any]:
 
 
 def _plain(leaf: Any) -> Any:
-    """A result that is itself a lazy parameter, formed."""
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _difference(a: Any, b: Any, dtypes: AbstractSet[torch.dtype] | None = None) -> str | None:
-    """How two results differ, in words; None when they agree.
-
-    ``dtypes`` are those the model computes in: the loosest sets the tolerance. None: bit for bit.
-    """
-    for x, y in zip(tree_flatten(a)[0], tree_flatten(b)[0], strict=True):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            continue
-        if x.shape != y.shape:
-            return f"shapes {tuple(x.shape)} stacked and {tuple(y.shape)} one by one"
-        if x.dtype != y.dtype:
-            return f"dtypes {x.dtype} stacked and {y.dtype} one by one"
-        if dtypes is None:
-            if not torch.equal(x, y):
-                return "values differ"
-            continue
-        size = y[torch.isfinite(y)].abs().max().item() if torch.isfinite(y).any() else 0.0
-        gap = (x.double() - y.double()).abs()
-        gap = gap[~torch.isnan(gap)]  # NaN or infinity in either: compared below
-        if bool((torch.isfinite(x) != torch.isfinite(y)).any()):
-            return "finite in one evaluation and not in the other"
-        tolerance = max(_TOLERANCE.get(dtype, 5e-2) for dtype in {x.dtype, *dtypes})
-        if gap.numel() and gap.max().item() > tolerance * max(size, 1e-6):
-            return (
-                f"stacked and one-by-one results differ by {gap.max().item():.3g} of {size:.3g} (allowed: "
-                f"{tolerance:g} relative)"
-            )
-    return None
+    """A result that is itself a parameter, formed."""
+    return leaf.form(leaf.dtype) if isinstance(leaf, LazyParameter) else leaf
 
 
 def _reason(error: BaseException) -> str:
@@ -674,49 +585,6 @@ def _swap_flat_weights(binding: Binding, swap: Mapping[int, Tensor]) -> None:
         for i, weight in enumerate(flat):
             if weight is not None and id(weight) in swap:
                 flat[i] = swap[id(weight)]
-
-
-class _CompositeOps(TorchFunctionMode):
-    """Precision of the ops that vmap takes apart before autocast sees them.
-
-    Losses of low-precision models are taken in float32, under autocast (its own rule) and without it: a
-    bfloat16 loss near 4 has steps of 0.03, more than two probes differ by. Attention under autocast runs
-    in autocast's dtype.
-    """
-
-    LOSSES = frozenset(
-        (
-            F.cross_entropy,
-            F.nll_loss,
-            F.mse_loss,
-            F.l1_loss,
-            F.smooth_l1_loss,
-            F.huber_loss,
-            F.kl_div,
-            F.binary_cross_entropy_with_logits,
-            F.cosine_embedding_loss,
-        )
-    )
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in self.LOSSES:
-            args, kwargs = _cast((args, kwargs or {}), torch.float32)
-        elif func is F.scaled_dot_product_attention:
-            device = args[0].device.type
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                args, kwargs = _cast((args, kwargs or {}), dtype)
-        return func(*args, **(kwargs or {}))
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
 @contextlib.contextmanager

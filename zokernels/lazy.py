@@ -13,7 +13,6 @@ registered with ``torch.library.register_vmap`` would do the same for 66 us a ca
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from zokernels._checks import DTYPES
@@ -52,7 +52,6 @@ class State:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.level: int | None = None
         self.seeds: Tensor | None = None
         self.coeffs: Tensor | None = None
@@ -125,6 +124,8 @@ class LazyParameter(Tensor):
     ``matrix`` is the stored ``[rows, cols]`` tensor; its first row is row ``row_offset`` of the
     parameter. The lazy tensor is ``matrix`` reshaped to its shape, or its transpose.
     """
+
+    is_stand_in = True  # see zokernels.binding
 
     state: State
     parameter: str
@@ -263,15 +264,22 @@ class Lazy:
 
     def __init__(self, binding: Binding) -> None:
         self.state = State()
-        self.params = {p.name: lazy_parameter(self.state, p) for p in binding.params}
-        self.storages = {p.name: p.tensor.data_ptr() for p in binding.params}
+        self.params: dict[str, LazyParameter] = {}
+        self._layouts: dict[str, tuple[int, tuple[int, ...]] | None] = {}
+        self.follow(binding)
 
     def follow(self, binding: Binding) -> None:
-        """Renew the stand-ins of parameters whose storage was exchanged (``p.data = ...``)."""
+        """Renew the stand-ins of parameters that changed storage or layout (``p.data = ...``).
+
+        A parameter that cannot be viewed as its matrix (a channels-last convolution) is copied, so its
+        stand-in is renewed every time.
+        """
         for p in binding.params:
-            if p.tensor.data_ptr() != self.storages[p.name]:
-                self.params[p.name] = lazy_parameter(self.state, p)
-                self.storages[p.name] = p.tensor.data_ptr()
+            layout = (p.tensor.data_ptr(), p.tensor.stride())
+            if self._layouts.get(p.name) != layout:
+                lazy = self.params[p.name] = lazy_parameter(self.state, p)
+                shares = lazy.matrix.data_ptr() == layout[0]
+                self._layouts[p.name] = layout if shares else None
 
 
 # --- handlers: (func, args, kwargs) -> result, or NotImplemented for the generic path -----------------
@@ -287,6 +295,26 @@ def _handles(*funcs: Any) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+def _no_derivative(handler: Handler) -> Handler:
+    """The handler, for inputs that nothing is differentiated by: the ops have no derivative."""
+
+    def guarded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tracked = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and not isinstance(value, LazyParameter):
+                if functorch.is_gradtrackingtensor(value) or (tracked and _has_derivative(value)):
+                    return NotImplemented
+        return handler(func, args, kwargs)
+
+    return guarded
+
+
+def _has_derivative(value: Tensor) -> bool:
+    if torch.is_grad_enabled() and value.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _generic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -504,6 +532,7 @@ def _linear(x: Any, weight: LazyParameter, bias: Any, flip: bool) -> Any:
 
 
 @_handles(F.linear)
+@_no_derivative
 def _f_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def call(input: Any, weight: Any, bias: Any = None) -> Any:
         if isinstance(weight, LazyParameter):
@@ -514,6 +543,7 @@ def _f_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @_handles(torch.addmm, Tensor.addmm)
+@_no_derivative
 def _addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs or len(args) != 3 or not isinstance(args[2], LazyParameter):
         return NotImplemented
@@ -530,6 +560,7 @@ def _addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Tensor.mm,
     Tensor.__matmul__,
 )
+@_no_derivative
 def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs or len(args) != 2 or not isinstance(args[1], LazyParameter):
         return NotImplemented
@@ -539,6 +570,7 @@ def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @_handles(Tensor.__rmatmul__)
+@_no_derivative
 def _rmatmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _matmul(func, (args[1], args[0]), kwargs)
 
@@ -581,6 +613,7 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @_handles(F.grouped_mm, torch._grouped_mm)
+@_no_derivative
 def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tokens sorted by expert, ``[S, in]``, times expert weights ``[E, in, out]``, one expert at a time."""
 
@@ -645,6 +678,7 @@ def _norm(
 
 
 @_handles(F.layer_norm, torch.layer_norm)
+@_no_derivative
 def _layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def call(
         input: Any,
@@ -669,6 +703,7 @@ def _layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 @_handles(F.rms_norm, torch.rms_norm)
+@_no_derivative
 def _rms_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def call(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
         if not isinstance(weight, LazyParameter) or isinstance(input, LazyParameter):
@@ -689,6 +724,7 @@ def _rms_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @_handles(linear_cross_entropy)
+@_no_derivative
 def _linear_cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, targets, bias = args
     if not isinstance(weight, LazyParameter) or weight.dim() != 2 or weight.transposed:

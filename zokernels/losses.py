@@ -1,4 +1,4 @@
-"""The language-model loss without logits: the head and its cross-entropy in one op, in chunks.
+"""Losses: of a batch, as a function; of a language model, without its logits.
 
 For OPT-125M and 2 x 2048 tokens the logits are 823 MB and transformers makes several copies of them;
 here a chunk of the vocabulary exists at a time.
@@ -6,7 +6,8 @@ here a chunk of the vocabulary exists at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,58 @@ _MORE_THAN_A_HEAD = (
     "output_router_logits",
     "is_encoder_decoder",
 )
+
+
+def loss_of(
+    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+) -> Callable[[], Tensor]:
+    """The scalar loss of a batch, as a function without arguments.
+
+    Raises:
+        TypeError: without ``loss_fn``, ``batch`` is not a mapping. The returned function raises
+            ValueError when the loss is missing or not a scalar.
+    """
+    if loss_fn is None and not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch must be a mapping of the model's keyword arguments when there is no loss_fn; got "
+            f"{type(batch).__name__}"
+        )
+
+    keywords = dict(batch) if loss_fn is None else {}
+    if loss_fn is None and "use_cache" not in keywords and _takes_use_cache(model):
+        keywords["use_cache"] = False  # a loss needs no key-value cache; transformers keeps one
+
+    def loss() -> Tensor:
+        value: Any
+        if loss_fn is not None:
+            value = loss_fn(model, batch)
+        else:
+            output = model(**keywords)
+            plain = isinstance(output, Mapping)
+            value = output.get("loss") if plain else getattr(output, "loss", None)
+            if value is None:
+                raise ValueError(
+                    "the model's output has no loss: put labels into the batch, or give a loss_fn"
+                )
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the loss must be a scalar tensor; got {type(value).__name__}")
+        if value.numel() != 1:
+            raise ValueError(
+                f"the loss must be a scalar; got shape {tuple(value.shape)}: reduce it (mean)"
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"the loss must be floating point; got {value.dtype}")
+        scalar: Tensor = value.reshape(())
+        return scalar
+
+    return loss
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether ``model.forward`` names a ``use_cache`` argument (peft models forward theirs)."""
+    peft: Any = getattr(model, "get_base_model", None)
+    inner = peft() if peft is not None else model
+    return "use_cache" in inspect.signature(inner.forward).parameters
 
 
 def linear_cross_entropy(
