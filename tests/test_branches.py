@@ -730,6 +730,21 @@ def test_control_flow_on_values_falls_back_with_one_warning():
         zo.branches(model, [1], [[0.5], [-0.5]], sequential=False)(lambda: model(x))
 
 
+@pytest.mark.parametrize("params", [None, ["first.weight"], lambda n, p: p.dim() > 1])
+def test_the_check_of_a_new_model_runs_once_for_a_selection(params):
+    model, calls = net(), []
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        calls.append(1)
+        return m(x).sum()
+
+    zo.dual_loss(model, X, seed=1, eps=EPS, loss_fn=loss_fn, params=params)
+    first = len(calls)
+    for seed in range(5):
+        zo.dual_loss(model, X, seed=seed, eps=EPS, loss_fn=loss_fn, params=params)
+    assert len(calls) == first + 5, "one stacked call a step"
+
+
 def test_failing_to_stack_later_falls_back_too():
     model = net()
     flag = [False]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import model_zoo as zoo
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,6 @@ EPS = 1e-2
 # G = 3 branches of K = 2 directions, one of them the weights themselves.
 TABLE = [[0.01, -0.004], [-0.007, 0.0], [0.0, 0.0]]
 SEEDS = [11, 2**63 + 5]
-
-LANGUAGE = ["opt", "gpt2", "llama", "roberta", "t5"]
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +219,75 @@ def test_lora_moves_the_adapters_only():
     model = zoo.build("opt_lora")
     z = zo.directions(model, seed=1)
     assert z and all("lora_" in n for n in z)
+
+
+PROJECTIONS = ["q_proj", "v_proj"]
+CAUSAL = "CAUSAL_LM"
+
+# Adapters on a Llama: configuration, and whether its branches stack.
+ADAPTERS: dict[str, tuple[Any, bool]] = {
+    "ia3": (
+        peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        True,
+    ),
+    "prompt": (peft.PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=3), True),
+    "prefix": (peft.PrefixTuningConfig(task_type=CAUSAL, num_virtual_tokens=3), True),
+    "p_tuning": (
+        peft.PromptEncoderConfig(task_type=CAUSAL, num_virtual_tokens=3, encoder_hidden_size=16),
+        True,
+    ),
+    "adalora": (
+        peft.AdaLoraConfig(target_modules=PROJECTIONS, init_r=4, target_r=2, total_step=10),
+        False,
+    ),
+    "loha": (peft.LoHaConfig(target_modules=PROJECTIONS, r=4), False),
+    "lokr": (peft.LoKrConfig(target_modules=PROJECTIONS, r=4), True),
+    "oft": (peft.OFTConfig(target_modules=PROJECTIONS, r=0, oft_block_size=4), False),
+    "vera": (peft.VeraConfig(target_modules=["q_proj"], r=4), True),
+    "hra": (peft.HRAConfig(target_modules=PROJECTIONS, r=4), True),
+    "vblora": (
+        peft.VBLoRAConfig(target_modules=PROJECTIONS, r=4, num_vectors=8, vector_length=8),
+        True,
+    ),
+    "lora_everywhere": (
+        peft.LoraConfig(target_modules="all-linear", r=4, modules_to_save=["lm_head"]),
+        True,
+    ),
+    "lora_embedding": (peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=4), True),
+    "tokens": (
+        peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 5]),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters(adapter):
+    config, stacks = ADAPTERS[adapter]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(zoo.CASES["llama"].make(), config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    batch = zoo.lm_batch()
+    before = snapshot(model)
+    z = zo.directions(model, seed=5)
+    assert 0 < len(z) < len(list(model.parameters()))
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        pairs = [zo.dual_loss(model, batch, seed=5, eps=0.2) for _ in range(2)]
+    assert len(stacking_warnings(record)) == (0 if stacks else 1), stacking_warnings(record)
+    assert_untouched(model, before)
+    for sign, losses in zip((1, -1), zip(*pairs, strict=True), strict=True):
+        with perturbed(model, [(sign * 0.2, z)]), torch.no_grad():
+            want = model(**batch).loss
+        for loss in losses:
+            close(loss, want)
+    with torch.no_grad():
+        plain = model(**batch).loss
+    assert float((plain - want).abs()) > 5 * RTOL * float(plain)
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "roberta", "mixtral", "t5"])
