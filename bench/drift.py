@@ -10,11 +10,11 @@ float64.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from torch import Tensor
@@ -98,21 +98,14 @@ def main(
     results: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
 ) -> None:
     """Measure the drift of MeZO's loop and of ours."""
-    used = torch.get_num_threads()
     console = Console(width=120)
     kinds = harness.listed(dtype)
     rows: list[harness.Row] = []
-    torch.set_num_threads(threads)
-    try:
-        for kind in kinds:
-            for case in CASES:
-                rows += run(case, kind, steps, every)
-                console.print(
-                    f"{kind:5} {case:12} drift after {steps} steps: {rows[-1]['drift']:.3e}"
-                )
-    finally:
-        torch.set_num_threads(used)
-    path = harness.record("drift", rows, key=KEY, results=results)
+    with harness.threads(threads):
+        for kind, case in itertools.product(kinds, CASES):
+            rows += run(case, kind, steps, every)
+            console.print(f"{kind:5} {case:12} drift after {steps} steps: {rows[-1]['drift']:.3e}")
+        path = harness.record("drift", rows, key=KEY, results=results)
     figure, axes = plots.panels(1)
     styles = dict(zip(CASES, ("-", "--", ":"), strict=True))
     for colour, kind in zip(plots.COLOURS, kinds, strict=False):

@@ -188,18 +188,18 @@ def main(
 ) -> None:
     """Compare the forms a bfloat16 probe can take."""
     console = Console(width=120)
-    used = torch.get_num_threads()
-    torch.set_num_threads(1)
-    text = precision.start_model(pretraining).to(torch.bfloat16)
-    todo = [("text", text, models.english().evaluation(8, 64), seeds)]
+    every = torch.get_num_threads()
+    with harness.threads(1):
+        text = precision.start_model(pretraining).to(torch.bfloat16)
+    todo = [("text", text, models.english().evaluation(8, 64), seeds, 1)]
     if large_seeds:
         opt = models.build("opt-125m", "bf16")
-        todo.append(("opt-125m", opt, models.random_batch(opt, 1, 64), large_seeds))
+        todo.append(("opt-125m", opt, models.random_batch(opt, 1, 64), large_seeds, every))
     rows: list[harness.Row] = []
-    for name, model, batch, count in todo:
-        torch.set_num_threads(1 if name == "text" else used)
+    for name, model, batch, count, threads in todo:
         for step in map(float, harness.listed(eps)):
-            values = projected_gradients(model, batch, eps=step, seeds=count)
+            with harness.threads(threads):
+                values = projected_gradients(model, batch, eps=step, seeds=count)
             truth = values["fp32", "truth"]
             table = Table(title=f"{name}, eps {step:g}, {count} directions", title_justify="left")
             for column in ("activations", "form", "correlation", "slope", "error"):
@@ -214,10 +214,16 @@ def main(
                     "compute": compute,
                     "form": form,
                 }
-                rows.append({**base, "seeds": count, **{k: round(v, 5) for k, v in s.items()}})
+                rows.append(
+                    {
+                        **base,
+                        "seeds": count,
+                        "threads": threads,
+                        **{k: round(v, 5) for k, v in s.items()},
+                    }
+                )
                 table.add_row(compute, form, *(f"{v:.4f}" for v in s.values()))
             console.print(table)
-    torch.set_num_threads(used)
     path = harness.record("fidelity", rows, key=KEY, results=results)
     plot(rows, path)
     console.print(f"results: {path}")

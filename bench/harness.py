@@ -8,6 +8,7 @@ A ratio is taken inside each round; what is reported is the median over rounds, 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import gc
@@ -17,7 +18,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,12 +170,31 @@ def device_name(device: str = "cpu") -> str:
     return platform.processor() or platform.machine()
 
 
+def cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def device_slug(device: str = "cpu") -> str:
-    """Folder name of a device: its name, and for a CPU the cores in use."""
+    """Folder name of a device: its name, and for a CPU the number of cores."""
     name = device_name(device)
     if torch.device(device).type == "cpu":
-        name = f"{name} {torch.get_num_threads()} threads"
+        name = f"{name} {cores()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with this many torch threads; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _git(*args: str) -> str | None:
@@ -199,7 +219,7 @@ def environment(device: str = "cpu") -> Row:
 
     return {
         "device": device_name(device),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "simd": torch.backends.cpu.get_cpu_capability(),
         "load_1min": round(os.getloadavg()[0], 2),
@@ -270,7 +290,7 @@ def record(
 
     Args:
         name: benchmark, the file's stem.
-        rows: measurements; a few environment columns are added to each.
+        rows: measurements; a few environment columns are added to each, unless it has its own.
         key: columns that identify a row.
         device: torch device measured.
         results: folder instead of ``bench/results``.
@@ -282,6 +302,6 @@ def record(
     env = environment(device)
     path = (results or RESULTS) / device_slug(device) / f"{name}.csv"
     stamp = {column: env[column] for column in _ROW_ENVIRONMENT}
-    write_rows(path, [{**row, **stamp} for row in rows], key=key)
+    write_rows(path, [{**row, **stamp, **row} for row in rows], key=key)
     path.with_suffix(".json").write_text(json.dumps({**env, **(notes or {})}, indent=2) + "\n")
     return path

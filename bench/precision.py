@@ -19,6 +19,7 @@ the weights are stored in.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated
@@ -135,27 +136,36 @@ def main(
 ) -> None:
     """Train the three arms and compare their curves."""
     console = Console(width=120)
-    used = torch.get_num_threads()
-    torch.set_num_threads(threads)
     begin = time.perf_counter()
     rows: list[harness.Row] = []
-    try:
+    with harness.threads(threads):
         start = start_model(pretraining)
-        for seed in range(seeds):
-            for arm in ARMS:
-                rows += train(
-                    start,
-                    arm,
-                    seed,
-                    steps=steps,
-                    every=every,
-                    lr=lr,
-                    eps=eps,
-                    size=size,
-                    length=length,
-                )
-    finally:
-        torch.set_num_threads(used)
+        for seed, arm in itertools.product(range(seeds), ARMS):
+            rows += train(
+                start,
+                arm,
+                seed,
+                steps=steps,
+                every=every,
+                lr=lr,
+                eps=eps,
+                size=size,
+                length=length,
+            )
+        seconds = round(time.perf_counter() - begin, 1)
+        notes: harness.Row = {
+            "options": {
+                "steps": steps,
+                "seeds": seeds,
+                "lr": lr,
+                "eps": eps,
+                "size": size,
+                "length": length,
+                "pretraining": pretraining,
+            },
+            "seconds": seconds,
+        }
+        path = harness.record("precision", rows, key=KEY, results=results, notes=notes)
 
     table = Table(title=f"held-out loss, lr {lr:g}, {seeds} seeds", title_justify="left")
     for column in ("arm", "start", "end: mean (min-max)", "weights never changed"):
@@ -179,21 +189,8 @@ def main(
         ax.set_xlabel("MeZO steps")
         ax.legend(fontsize=7)
     console.print(table)
-    notes: harness.Row = {
-        "options": {
-            "steps": steps,
-            "seeds": seeds,
-            "lr": lr,
-            "eps": eps,
-            "size": size,
-            "length": length,
-            "pretraining": pretraining,
-        },
-        "seconds": round(time.perf_counter() - begin, 1),
-    }
-    path = harness.record("precision", rows, key=KEY, results=results, notes=notes)
     plots.save(figure, path)
-    console.print(f"results: {path} ({notes['seconds']} s)")
+    console.print(f"results: {path} ({seconds} s)")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,10 @@ def test_record_says_where_numbers_come_from(tmp_path: Path):
     header = json.loads(path.with_suffix(".json").read_text())
     assert header["why"] == "test"
     assert header["threads"] == 1
-    assert path.parent.name.endswith("1-threads")
+    assert path.parent.name.endswith("cores")
+    with harness.threads(2):
+        harness.record("x", [{"k": 2}, {"k": 3, "threads": 7}], key=["k"], results=tmp_path)
+    assert [r["threads"] for r in harness.read_rows(path)] == ["1", "2", "7"]
 
 
 def test_peak_memory_of_a_known_block():
