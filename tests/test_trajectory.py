@@ -418,7 +418,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_the_journal_is_the_saved_file(tmp_path: Path) -> None:
     path = tmp_path / "journal.zo"
     with Trajectory.open(path) as journal:
-        assert Trajectory.open(path).steps == []
+        with pytest.raises(TrajectoryError, match="already open as a journal"):
+            Trajectory.open(path)
         net, start, _ = run(torch.bfloat16, journal=journal)
         assert Trajectory.load(path) == journal  # on disk before close
         journal.save(tmp_path / "copy.zo")
@@ -645,6 +646,33 @@ def test_bad_files(tmp_path: Path, data: bytes, error: type[Exception], message:
     if error is CorruptTrajectoryError:
         with pytest.warns(UserWarning, match="keeping"):
             Trajectory.load(path, recover=True)
+
+
+@given(
+    record=st.integers(0, 2),
+    at=st.integers(0, 200),
+    junk=st.binary(min_size=1, max_size=12),
+    cut=st.booleans(),
+)
+@settings(max_examples=300)
+def test_arbitrary_records_load_or_raise(record: int, at: int, junk: bytes, cut: bool) -> None:
+    records = [HEADER, LAYOUT, step_record()]
+    kind, payload = records[record]
+    at %= len(payload) + 1
+    records[record] = kind, payload[:at] + junk + (b"" if cut else payload[at + len(junk) :])
+    read = Trajectory()
+    try:
+        read._parse(memoryview(sealed(*records)), Path("memory"))
+    except TrajectoryError:
+        return
+    assert through_bytes(read) == read
+
+
+def test_deeply_nested_json_is_no_stack_overflow(tmp_path: Path) -> None:
+    path = tmp_path / "deep.zo"
+    path.write_bytes(sealed((1, b"[" * 200_000)))
+    with pytest.raises(CorruptTrajectoryError):
+        Trajectory.load(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -481,20 +481,23 @@ class Trajectory:
             sync: wait for the disk at every record, which survives a power failure too.
 
         Raises:
-            As :meth:`load`.
+            TrajectoryError: another open journal writes this file.
+            Otherwise as :meth:`load`.
         """
         trajectory = cls(metadata=metadata)
         trajectory.path = Path(path)
         trajectory._sync = sync
-        existing = trajectory.path.exists() and trajectory.path.stat().st_size > 0
-        if existing:
-            trajectory._read(trajectory.path, recover)
         # Unbuffered: one record is one write.
-        mode = "r+b" if existing else "w+b"
-        file = FileIO(trajectory.path, mode)
-        if existing:
+        file = FileIO(os.open(trajectory.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            _lock(file, trajectory.path)
+            if os.fstat(file.fileno()).st_size:
+                trajectory._read(trajectory.path, recover)
             file.truncate(trajectory._tail[0])
             file.seek(trajectory._tail[0])
+        except BaseException:
+            file.close()
+            raise
         trajectory._file = file
         return trajectory
 
@@ -695,7 +698,7 @@ class Trajectory:
                 self._take(kind, data[body : body + length], mark)
             except (CorruptTrajectoryError, TrajectoryVersionError):
                 raise
-            except (ValueError, TypeError, KeyError, struct.error) as error:
+            except (ValueError, TypeError, KeyError, RecursionError, struct.error) as error:
                 raise CorruptTrajectoryError(f"{where}: {error}") from error
             first = False
             offset = end
@@ -724,6 +727,20 @@ class Trajectory:
             self._marks.append(mark)
         else:
             raise CorruptTrajectoryError(f"unknown record kind {kind}")
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    """Keep a second writer, such as another rank, off a journal."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TrajectoryError(f"{path} is already open as a journal") from error
+    except OSError:  # a file system without locks
+        return
 
 
 def _one_end(count: int) -> tuple[bool, ...]:
