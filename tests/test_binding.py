@@ -243,7 +243,31 @@ def test_default_selection_is_cached_until_it_changes():
     assert "scale" not in second.by_name
     model.add_module("extra", nn.Linear(2, 2))
     assert "extra.weight" in zo.bind(model).by_name
-    assert zo.bind(model, ["stack"]) is not zo.bind(model, ["stack"])
+
+
+def test_selections_are_kept_too():
+    """What the first evaluation learnt about a selection is not learnt again at every step."""
+    model = Tied()
+    first = zo.bind(model, ["stack", "scale"])
+    assert zo.bind(model, lambda n, p: n in ("scale", "stack")) is first
+    assert zo.bind(model, ["stack"]) is not first
+    model.scale = nn.Parameter(torch.ones(()))
+    second = zo.bind(model, ["stack", "scale"])
+    assert second is not first
+    second.check()
+    tied = zo.bind(model, ["embed.weight"])
+    model.head.weight = nn.Parameter(torch.zeros(10, 4))
+    untied = zo.bind(model, ["embed.weight"])
+    assert [len(b.params[0].places) for b in (tied, untied)] == [2, 1]
+    model.to(torch.bfloat16)
+    assert zo.bind(model, ["stack", "scale"]).params[0].dtype == torch.bfloat16
+
+
+def test_kept_selections_are_bounded():
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)])
+    for i in range(20):
+        zo.bind(model, [f"{i}.weight"])
+    assert len(model.__dict__[binding._Slot.KEY].selections) == binding._KEPT
 
 
 def test_params_and_a_binding_do_not_go_together():

@@ -1,14 +1,15 @@
 """A model bound for zeroth-order evaluation: which parameters move, under which ids.
 
-A :class:`Binding` fixes the trainable parameters of a model: their qualified names, their ids in the
-noise contract, and every place in the module tree that holds them (a tied weight has several places
-and one id). It is checked before every use, so that a model changed since then is an error and not a
-wrong number.
+A :class:`Binding` fixes the trainable parameters of a model: their qualified names, their ids in
+the noise contract, and every place in the module tree that holds them (a tied weight has several
+places and one id). It is checked before every use, so that a model changed since then is an error
+and not a wrong number.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ Selection = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 BUSY = (
-    "an evaluation at branches of this model is already active: evaluations of one model do not nest and "
-    "do not run on several threads"
+    "an evaluation at branches of this model is already active: evaluations of one model do not "
+    "nest and do not run on several threads"
 )
 
 
@@ -73,9 +74,10 @@ class Binding:
             those with ``requires_grad``.
 
     Raises:
-        ValueError: no parameter is selected, a name is unknown, two names share an id, or a selected
-            parameter is on the meta device (not loaded, or offloaded).
-        TypeError: a selected parameter is not float32, bfloat16 or float16; a module is TorchScript.
+        ValueError: no parameter is selected, a name is unknown, two names share an id, or a
+            selected parameter is on the meta device (not loaded, or offloaded).
+        TypeError: a selected parameter is not float32, bfloat16 or float16, or a module is
+            TorchScript.
     """
 
     def __init__(self, model: nn.Module, params: Selection = None) -> None:
@@ -99,8 +101,8 @@ class Binding:
             names = [n for n in named if n in chosen]
         if not names:
             raise ValueError(
-                "params selects no parameter: the model has no trainable parameter (requires_grad), "
-                "or the selection matches none"
+                "params selects no parameter: the model has no trainable parameter "
+                "(requires_grad), or the selection matches none"
             )
         for name in names:
             _check_parameter(name, named[name])
@@ -110,8 +112,8 @@ class Binding:
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(
-                    f"module {path or type(self.model).__name__!r} is TorchScript, whose parameters "
-                    f"cannot be exchanged: bind the model before scripting"
+                    f"module {path or type(self.model).__name__!r} is TorchScript, whose "
+                    f"parameters cannot be exchanged: bind the model before scripting"
                 )
             for key, parameter in module._parameters.items():
                 if parameter is not None:
@@ -186,20 +188,25 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
     if parameter.dtype not in DTYPES:
         raise TypeError(
-            f"parameter {name!r} has dtype {parameter.dtype}; trainable parameters must be float32, "
-            f"bfloat16 or float16 (leave quantised or integer ones out of params)"
+            f"parameter {name!r} has dtype {parameter.dtype}; trainable parameters must be "
+            f"float32, bfloat16 or float16 (leave quantised or integer ones out of params)"
         )
     if parameter.layout is not torch.strided:
         raise TypeError(f"parameter {name!r} must be a strided tensor; got {parameter.layout}")
 
 
+# Selections of a model whose bindings are kept: a new subset at every step must not pile up.
+_KEPT = 8
+
+
 class _Slot:
-    """A model's default binding and its lock, kept on the model: they die together, copies start empty."""
+    """A model's bindings and its lock, kept on the model: all die together, copies start empty."""
 
     KEY = "_zokernels_binding"
 
     def __init__(self) -> None:
-        self.binding: Binding | None = None
+        self.binding: Binding | None = None  # of the parameters that require gradients
+        self.selections: OrderedDict[tuple[str, ...], Binding] = OrderedDict()
         self.lock = threading.Lock()
 
     def __deepcopy__(self, memo: object) -> _Slot:
@@ -214,8 +221,30 @@ def _slot(model: nn.Module) -> _Slot:
     return slot
 
 
+def _kept(slot: _Slot, fresh: Binding) -> Binding:
+    """The binding of the same selection that is already there, with all that is known about it."""
+    names = tuple(fresh.by_name)
+    found = slot.selections.get(names)
+    if found is None or found.model is not fresh.model or not _same(found, fresh):
+        found = slot.selections[names] = fresh
+    slot.selections.move_to_end(names)
+    while len(slot.selections) > _KEPT:
+        slot.selections.popitem(last=False)
+    return found
+
+
+def _same(a: Binding, b: Binding) -> bool:
+    return all(
+        p.tensor is q.tensor
+        and (p.shape, p.dtype, p.device) == (q.shape, q.dtype, q.device)
+        and [(id(holder), key) for holder, key in p.places]
+        == [(id(holder), key) for holder, key in q.places]
+        for p, q in zip(a.params, b.params, strict=True)
+    )
+
+
 def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
-    """A binding of ``model``: given ones are checked, default selections are cached per model.
+    """A binding of ``model``: given ones are checked, new ones are kept on the model.
 
     Args:
         model: module, or a binding (then ``params`` must be None).
@@ -232,10 +261,10 @@ def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or a Binding; got {type(model).__name__}")
-    if params is not None:
-        return Binding(model, params)
     model = unwrap(model)
     slot = _slot(model)
+    if params is not None:
+        return _kept(slot, Binding(model, params))
     cached = slot.binding
     if cached is not None and cached.model is model:
         trainable = [id(p) for p in model.parameters() if p.requires_grad]
