@@ -89,10 +89,9 @@ _asked = os.environ.get("ZOKERNELS_CPU")
 if _asked:
     try:
         use_instruction_set(_asked)
-    except ValueError as error:
-        raise RuntimeError(f"ZOKERNELS_CPU: {error}") from None
-    except RuntimeError as error:
-        raise RuntimeError(f"ZOKERNELS_CPU: {error}") from None
+    except (ValueError, RuntimeError) as error:
+        # Not an error the registry would keep as a reason and go on without: it was asked for.
+        raise ValueError(f"ZOKERNELS_CPU: {error}") from None
 # Where torch has no fast product for a half type, its tiles are multiplied in float32.
 _library.zokernels_cpu_widen(
     int(not _vendor_supports("_is_mkldnn_bf16_supported")),
