@@ -110,3 +110,15 @@ def test_errors_name_the_cause() -> None:
 
     with pytest.raises(RuntimeError, match="cannot be captured: .*lstm"):
         zo.capture(recurrent, torch.tensor([1]))
+
+
+def test_refuses_parameters_that_would_be_copied_into_the_graph() -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 6, 6)
+
+    def fn(seeds: Tensor) -> Tensor:
+        return zo.branches(model, seeds, [[0.1], [-0.1]])(lambda: model(images).mean())
+
+    fn(torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="'weight' has no matrix view; make it contiguous"):
+        zo.capture(fn, torch.tensor([1]))

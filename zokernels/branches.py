@@ -129,9 +129,9 @@ class Branches:
         Raises:
             Whatever ``fn`` raises; RuntimeError when stacking fails and ``sequential`` is False.
         """
-        memory = self._memory()
         if torch.compiler.is_compiling():
-            return self._captured(memory, fn)
+            return self._captured(fn)
+        memory = self._memory()
         given_up = memory.sequential is not None and self.sequential is None
         if self.sequential or self.num_branches == 1 or given_up:
             return (self._one_by_one if memory.looked else self._first_one_by_one)(memory, fn)
@@ -244,10 +244,18 @@ class Branches:
             [next(stacked) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
         )
 
-    def _captured(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
-        """Stacked, for :func:`zokernels.capture`, which cannot compare values."""
-        if not memory.checked or memory.sequential is not None or self.sequential:
-            why = memory.sequential or "evaluate it once before, so that stacking has been checked"
+    def _captured(self, fn: Callable[[], Any]) -> Any:
+        """Stacked, for :func:`zokernels.capture`, which cannot look at values."""
+        self.binding.check()
+        memory = _memories.get(self.binding)
+        why = None
+        if memory is None or not memory.checked:
+            why = "evaluate it once before, so that stacking has been checked"
+        elif memory.sequential is not None or self.sequential:
+            why = memory.sequential or "sequential is True"
+        elif memory.lazy.copied:
+            why = f"parameter {memory.lazy.copied[0]!r} has no matrix view; make it contiguous"
+        if why is not None or memory is None:
             raise RuntimeError(
                 f"the branches of {type(self.binding.model).__name__} cannot be captured: {why}"
             )

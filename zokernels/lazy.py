@@ -268,6 +268,11 @@ class Lazy:
         self._layouts: dict[str, tuple[int, tuple[int, ...]] | None] = {}
         self.follow(binding)
 
+    @property
+    def copied(self) -> list[str]:
+        """Names of the parameters whose matrix is a copy."""
+        return [name for name, layout in self._layouts.items() if layout is None]
+
     def follow(self, binding: Binding) -> None:
         """Renew the stand-ins of parameters that changed storage or layout (``p.data = ...``).
 
