@@ -6,6 +6,7 @@ thing can go wrong at a time.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -514,6 +515,35 @@ def test_the_model_is_whole_after_an_exception(how, error, used_before):
     close(got, torch.stack(at_weights(model, [1], PAIR, lambda: model(X))))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("call", range(1, 8))
+@pytest.mark.parametrize("stacks", [True, False])
+def test_an_interruption_at_any_point_of_the_first_use(call, error, stacks):
+    """The first use evaluates several times, with the originals hidden in between."""
+    model = net()
+    before = state_of(model)
+    calls = []
+
+    def fn() -> Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            raise error("on purpose")
+        y = model(X)
+        return y if stacks else y * float(y.detach().sum() > -1e9)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", zo.StackingWarning)
+        # An error of one call out of many may be taken for a failure to stack; an interrupt is not.
+        with contextlib.suppress(error):
+            zo.branches(model, [1], PAIR)(fn)
+            assert error is ValueError or len(calls) < call
+        assert_untouched(model, before)
+        call = 0
+        got = zo.branches(model, [1], PAIR)(fn)
+    close(got, torch.stack(at_weights(model, [1], PAIR, lambda: model(X))))
+    assert_untouched(model, before)
+
+
 def test_a_bug_of_the_users_function_is_not_taken_for_a_stacking_problem():
     model = net()
     zo.branches(model, [1], PAIR)(lambda: model(X))
@@ -831,6 +861,28 @@ def test_parameters_used_through_the_tree_and_behind_its_back():
     else:
         close(got, want)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("sequential", [None, True])
+def test_infinite_logits_do_not_hide_a_use_behind_the_trees_back(sequential):
+    """Masked logits are minus infinity by design."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    kept = list(model.parameters())
+    calls = []
+
+    def fn() -> Tensor:
+        calls.append(1)
+        logits = model(X) * kept[0].sum()
+        return logits.masked_fill(torch.tensor([True, False]), -math.inf)
+
+    want = torch.stack(at_weights(model, [2], PAIR, fn))
+    br = zo.branches(model, [2], PAIR, sequential=sequential)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", zo.StackingWarning)
+        close(br(fn), want)
+        calls.clear()
+        close(br(fn), want)
+    assert len(calls) <= 2, "what the first use found is remembered"
 
 
 def test_a_penalty_over_the_models_parameters():
