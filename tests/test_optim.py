@@ -495,6 +495,22 @@ def test_named_parameters_without_a_model_survive_a_closure_that_raises() -> Non
 
 
 @pytest.mark.parametrize("form", ["module", "named"])
+def test_a_closure_may_hold_the_parameters_themselves(form: str) -> None:
+    net, reference = model(), model()
+    opt, plain = forms(net)[form](), MeZO(reference, lr=1e-2)
+    weight, bias = net.last.weight, net.last.bias
+
+    def closure() -> Tensor:
+        h = torch.tanh(net.norm(net.first(X)))
+        return nn.functional.cross_entropy(nn.functional.linear(h, weight, bias), Y)
+
+    for _ in range(3):
+        opt.step(closure)
+        plain.step(lambda: loss_fn(reference, (X, Y)))
+        assert opt.last.losses == pytest.approx(plain.last.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["module", "named"])
 def test_both_probes_see_the_same_dropout(form: str) -> None:
     net = model().train()
     opt = forms(net)[form]()
