@@ -1,0 +1,225 @@
+"""Products with lazy weights: linear layers, embeddings, experts, the language-model head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
+
+from zokernels.lazy.parameter import LazyParameter, State, autocast_dtype, handles, no_derivative
+from zokernels.lazy.views import rows_of
+from zokernels.losses import linear_cross_entropy
+
+_ops = torch.ops.zokernels
+
+
+def _vector(bias: Any, state: State) -> Any:
+    """A bias as ``[G, out]``, None, or NotImplemented when it is neither lazy nor plain."""
+    if bias is None:
+        return None
+    if isinstance(bias, LazyParameter):
+        return bias.branches(torch.float32) if bias.dim() == 1 else NotImplemented
+    if bias.dim() != 1:
+        return NotImplemented
+    physical, shared = state.lower(bias)
+    if not shared:
+        return physical
+    assert state.coeffs is not None
+    return physical.expand(state.coeffs.shape[0], -1)
+
+
+def _linear(x: Any, weight: LazyParameter, bias: Any, flip: bool) -> Any:
+    """``x @ weight^T + bias`` (``x @ weight + bias`` with ``flip``) through the op."""
+    if isinstance(x, LazyParameter) or weight.matrix.dim() != 2 or weight.dim() != 2:
+        return NotImplemented
+    if (low := autocast_dtype(weight)) is not None and weight.dtype == torch.float32:
+        formed = weight.form(low)  # one rounding, and half the memory of float32
+        if flip and bias is not None:
+            return torch.addmm(bias, x, formed)
+        return F.linear(x, formed.mT if flip else formed, bias)
+    if low is not None or x.dtype != weight.dtype or x.device != weight.device:
+        return NotImplemented
+    if x.dim() == 0 or x.shape[-1] != weight.shape[0 if flip else 1]:
+        return NotImplemented  # let torch raise its own error
+    state = weight.state
+    with DisableTorchFunctionSubclass():
+        rows = _vector(bias, state)
+        if rows is NotImplemented:
+            return NotImplemented
+        physical, shared = state.lower(x)
+        seeds, coeffs = state.terms(weight.parameter, weight.matrix.device)
+        y = _ops.linear(
+            physical,
+            weight.matrix,
+            rows,
+            seeds,
+            coeffs,
+            weight.param_id,
+            weight.row_offset,
+            0,
+            state.distribution,
+            shared,
+            weight.transposed ^ flip,
+        )
+        return state.lift(y)
+
+
+@handles(F.linear)
+@no_derivative
+def _f_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(input: Any, weight: Any, bias: Any = None) -> Any:
+        if isinstance(weight, LazyParameter):
+            return _linear(input, weight, bias, False)
+        return NotImplemented
+
+    return call(*args, **kwargs)
+
+
+@handles(torch.addmm, Tensor.addmm)
+@no_derivative
+def _addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 3 or not isinstance(args[2], LazyParameter):
+        return NotImplemented
+    bias, x, weight = args
+    if isinstance(x, LazyParameter) or x.dim() != 2:
+        return NotImplemented
+    return _linear(x, weight, bias, True)
+
+
+@handles(
+    torch.matmul,
+    torch.mm,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.__matmul__,
+)
+@no_derivative
+def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 2 or not isinstance(args[1], LazyParameter):
+        return NotImplemented
+    if isinstance(args[0], LazyParameter):
+        return NotImplemented
+    return _linear(args[0], args[1], None, True)
+
+
+@handles(Tensor.__rmatmul__)
+@no_derivative
+def _rmatmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _matmul(func, (args[1], args[0]), kwargs)
+
+
+@handles(F.embedding)
+def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        input: Any,
+        weight: Any,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        if not isinstance(weight, LazyParameter) or weight.transposed or max_norm is not None:
+            return NotImplemented
+        if isinstance(input, LazyParameter) or weight.dim() != 2:
+            return NotImplemented
+        state = weight.state
+        with DisableTorchFunctionSubclass():
+            ids, shared = state.lower(input)
+            if ids.dtype not in (torch.int64, torch.int32):
+                return NotImplemented
+            seeds, coeffs = state.terms(weight.parameter, weight.matrix.device)
+            rows = _ops.embedding(
+                ids,
+                weight.matrix,
+                seeds,
+                coeffs,
+                weight.param_id,
+                weight.row_offset,
+                0,
+                state.distribution,
+                shared,
+            )
+            return state.lift(rows)
+
+    return call(*args, **kwargs)
+
+
+@handles(F.grouped_mm, torch._grouped_mm)
+@no_derivative
+def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tokens sorted by expert, ``[S, in]``, times expert weights ``[E, in, out]``, one expert at a time."""
+
+    def call(
+        x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> Any:
+        if not isinstance(weight, LazyParameter) or isinstance(x, LazyParameter) or offs is None:
+            return NotImplemented
+        if (
+            weight.dim() != 3
+            or x.dim() != 2
+            or bias is not None
+            or autocast_dtype(weight) is not None
+        ):
+            return NotImplemented
+        if x.dtype != weight.dtype or out_dtype not in (None, x.dtype):
+            return NotImplemented
+        state = weight.state
+        experts, _, fan_out = weight.shape
+        with DisableTorchFunctionSubclass():
+            physical, x_shared = state.lower(x)
+            stops, stops_shared = state.lower(offs)
+            count = state.terms(weight.parameter, weight.matrix.device)[1].shape[0]
+            table = (stops[None].expand(count, -1) if stops_shared else stops).tolist()
+            y = physical.new_zeros((count, x.shape[0], fan_out))
+            for e in range(experts):
+                spans = [(row[e - 1] if e else 0, row[e]) for row in table]
+                if all(start == stop for start, stop in spans):
+                    continue
+                formed = rows_of(None, (weight, e), {}).branches(weight.dtype)  # [G, in, out]
+                for g, (start, stop) in enumerate(spans):
+                    rows = (physical if x_shared else physical[g])[start:stop]
+                    y[g, start:stop] = rows @ formed[g]
+            return state.lift(y)
+
+    return call(*args, **kwargs)
+
+
+@handles(linear_cross_entropy)
+@no_derivative
+def _linear_cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, targets, bias = args
+    if not isinstance(weight, LazyParameter) or weight.dim() != 2 or weight.transposed:
+        return NotImplemented
+    state = weight.state
+    if (
+        isinstance(x, LazyParameter)
+        or autocast_dtype(weight) is not None
+        or x.dtype != weight.dtype
+    ):
+        return NotImplemented
+    with DisableTorchFunctionSubclass():
+        labels, same = state.lower(targets)
+        rows = _vector(bias, state)
+        if not same or rows is NotImplemented:
+            return NotImplemented
+        physical, shared = state.lower(x)
+        seeds, coeffs = state.terms(weight.parameter, weight.matrix.device)
+        losses = _ops.linear_cross_entropy(
+            physical,
+            weight.matrix,
+            rows,
+            labels,
+            seeds,
+            coeffs,
+            weight.param_id,
+            weight.row_offset,
+            0,
+            state.distribution,
+            shared,
+            kwargs["ignore_index"],
+        )
+        return state.lift(losses)
