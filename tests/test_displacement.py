@@ -358,6 +358,17 @@ def test_apply_to_a_module_moves_trainable_parameters_and_ties_once() -> None:
     )
 
 
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_displaced_and_applied_weights_are_the_same(distribution: str) -> None:
+    model = nn.Linear(300, 4)
+    d = Displacement([3, 4, 5], [0.5, -0.25, 1e-3], distribution=distribution)
+    with zo.displaced(model, d):
+        seen = {n: t.clone() for n, t in model.state_dict().items()}
+    d.apply_(model)
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, seen[name])
+
+
 def test_nothing_to_add_changes_no_bit() -> None:
     named = {"w": torch.tensor([-0.0, 0.0, 1.0])}
     for d in (Displacement(), Displacement([1], [0.0]), Displacement([1], [1.0]) * -0.0):

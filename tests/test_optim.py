@@ -861,6 +861,53 @@ def test_state_dict_round_trip(
     assert other.seed == noise.signed_seed(seed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["module", "named"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_resume_from_the_journal_alone(dtype: torch.dtype, form: str, options: str) -> None:
+    def new(journal: Trajectory | None = None) -> tuple[nn.Module, MeZO]:
+        net = model(dtype)
+        source = net if form == "module" else net.named_parameters()
+        return net, MeZO(source, lr=1e-2, journal=journal, **OPTIONS[options])
+
+    def steps(net: nn.Module, opt: MeZO, count: int) -> None:
+        for _ in range(count):
+            opt.step(lambda: loss_fn(net, (X, Y)))
+
+    whole, opt = new(journal := Trajectory())
+    steps(whole, opt, 2)
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(lambda: torch.tensor(math.nan))
+    steps(whole, opt, 1)
+    cut = copy.deepcopy(journal)
+    steps(whole, opt, 2)
+    resumed, opt2 = new(cut)
+    opt2.resume()
+    assert (opt2.num_steps, opt2.skipped) == (4, 1)
+    steps(resumed, opt2, 2)
+    assert same(resumed, whole)
+    assert opt2.state_dict() == opt.state_dict()
+    assert cut == journal
+
+
+def test_resume_refusals() -> None:
+    net, journal = model(), Trajectory()
+    with pytest.raises(ValueError, match="needs a journal"):
+        MeZO(net).resume()
+    opt = MeZO(net, lr=1e-2, seed=1, journal=journal)
+    opt.resume()  # an empty journal: the run begins
+    opt.step(BATCH)
+    with pytest.raises(ValueError, match="before the first step; 1 were made"):
+        opt.resume()
+    start = weights(net)
+    for options in ({"seed": 2}, {"seed": 1, "num_directions": 2}):
+        other = MeZO(net, journal=journal, **options)
+        with pytest.raises(ValueError, match="another seed or num_directions"):
+            other.resume()
+        assert other.num_steps == 0
+    assert same(net, start)
+
+
 def test_state_dict_is_plain_and_a_snapshot() -> None:
     net = model()
     opt = MeZO(net, momentum=0.9, lr=1e-2)

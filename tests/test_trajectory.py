@@ -733,7 +733,9 @@ from zokernels.trajectory import Trajectory
 from zokernels.optim import MeZO
 torch.set_num_threads(1)
 net = t.model(torch.bfloat16)
-opt = MeZO(t.two_groups(net), model=net, seed=5, journal=Trajectory.open({path!r}))
+opt = MeZO(
+    t.two_groups(net), model=net, seed=5, momentum=0.5, journal=Trajectory.open({path!r})
+)
 print("ready", flush=True)
 while True:
     opt.step(t.BATCH, t.loss_fn)
@@ -761,6 +763,18 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
     assert done >= 12
     journal = Trajectory.load(path)
     assert done <= len(journal) <= done + 1  # every step that returned is there
-    net, start, _ = run(torch.bfloat16, steps=len(journal))
+    steps = len(journal)
+    net, start, _ = run(torch.bfloat16, steps=steps, momentum=0.5)
     journal.replay_(start)
     assert same(start, weights(net))
+
+    # From the file and the first weights, the run goes on.
+    net = model(torch.bfloat16)
+    with Trajectory.open(path) as journal:
+        opt = MeZO(two_groups(net), model=net, seed=5, momentum=0.5, journal=journal)
+        opt.resume()
+        assert opt.num_steps == steps
+        for _ in range(3):
+            opt.step(BATCH, loss_fn)
+    assert same(weights(net), weights(run(torch.bfloat16, steps=steps + 3, momentum=0.5)[0]))
+    assert len(Trajectory.load(path)) == steps + 3

@@ -106,7 +106,7 @@ class MeZO(torch.optim.Optimizer):
             weights alone, counts it in :attr:`skipped` and warns once; ``"raise"``.
         seed: root of all directions, 64 bits.
         model: the module that holds ``params``, where those are bare or only named.
-        journal: a :class:`~zokernels.Trajectory` that records every update.
+        journal: a :class:`~zokernels.Trajectory` that records every update; see :meth:`resume`.
         sequential: how batches are evaluated, see :class:`~zokernels.Branches`.
         max_branches: most branches in one stacked evaluation, to bound its memory; None: all.
 
@@ -330,10 +330,7 @@ class MeZO(torch.optim.Optimizer):
                 f"{self._step}: journal.truncate({self._step}) drops those from here on"
             )
 
-        seeds = tuple(
-            derive_seed(self.seed, self._step, direction)
-            for direction in range(self.num_directions)
-        )
+        seeds = self._seeds(self._step)
         losses = self._reduce_losses(self._evaluate(functions, seeds, sequential))
         values = tuple(losses.tolist())
         gradients = self._project(values)
@@ -356,15 +353,21 @@ class MeZO(torch.optim.Optimizer):
                 self._warned = True
             terms, coeffs, decay = (), ((),) * len(self.param_groups), ()
 
-        self._update(terms, coeffs, decay, values)
+        keeps = any(group["momentum"] for group in self.param_groups)
+        meta: dict[str, Any] = {"loss": math.fsum(values) / len(values) if finite else None}
+        if keeps and finite:
+            meta["gradients"] = [list(row) for row in past.gradients]
+        self._update(terms, coeffs, decay, meta)
         if finite:
-            keeps = any(group["momentum"] for group in self.param_groups)
             self._window = self._recent(past) if keeps else ()
         else:
             self._skipped += 1
         self._last = StepResult(self._step, seeds, values, gradients, not finite)
         self._step += 1
         return losses.mean()
+
+    def _seeds(self, step: int) -> tuple[int, ...]:
+        return tuple(derive_seed(self.seed, step, k) for k in range(self.num_directions))
 
     def _functions(
         self, batch: Any, loss_fn: Any, closure: Any
@@ -529,14 +532,14 @@ class MeZO(torch.optim.Optimizer):
         seeds: tuple[int, ...],
         coeffs: tuple[tuple[float, ...], ...],
         decay: tuple[tuple[float, ...], ...],
-        losses: tuple[float, ...],
+        meta: Mapping[str, Any],
     ) -> None:
         """Journal the update, then make it."""
         journal = self._journal
         if journal is not None:
             if self._announced is not self._groups:
                 self.journal = journal
-            journal.append(self._step, seeds, coeffs, decay=decay, meta=_meta(losses))
+            journal.append(self._step, seeds, coeffs, decay=decay, meta=meta)
         ends = [k == len(seeds) - 1 for k in range(len(seeds))]
         try:
             for index, members in enumerate(self._groups):
@@ -585,6 +588,47 @@ class MeZO(torch.optim.Optimizer):
         finally:
             self._incoming = None
             handle.remove()
+
+    def resume(self) -> None:
+        """Go on where the journal ends: replay it, and take over the counters and the momentum.
+
+        A journal file and the weights a run began with are a checkpoint of its last step, also
+        after a kill::
+
+            journal = zo.Trajectory.open("run.zo", recover=True)
+            opt = zo.MeZO(model, ..., journal=journal)      # model: as the run began
+            opt.resume()                                    # bit for bit as it was
+
+        Learning rate schedulers keep their own state.
+
+        Raises:
+            ValueError: there is no journal, this optimizer has made steps already, or the journal
+                was made with another ``seed`` or ``num_directions``.
+            ModelMismatchError: the journal is of another model. Nothing is changed.
+        """
+        journal = self._journal
+        if journal is None:
+            raise ValueError("resume needs a journal")
+        if self._step:
+            raise ValueError(f"resume must come before the first step; {self._step} were made")
+        window = []
+        for record in journal:
+            if not record.seeds:
+                continue
+            fresh = record.seeds[-self.num_directions :]
+            if fresh != self._seeds(record.step):
+                raise ValueError(
+                    f"step {record.step} of the journal was made with another seed or "
+                    f"num_directions than {self.seed} and {self.num_directions}"
+                )
+            gradients = record.meta.get("gradients")
+            if gradients and record.step >= journal.next_step - self.momentum_window:
+                window.append(_Past(record.step, fresh, tuple(map(tuple, gradients))))
+        held = {n: p for g in self.param_groups for n, p in _pairs(g)}
+        journal.replay_(held if self._model is None else self._model)
+        self._step = journal.next_step
+        self._skipped = sum(not record.seeds for record in journal)
+        self._window = tuple(window)
 
     def __getstate__(self) -> dict[str, Any]:
         # The binding is made again: it belongs to this model object.
@@ -829,9 +873,8 @@ def _displaced_storage(
             p.tensor.data = data
 
 
-def _meta(losses: Sequence[float]) -> dict[str, Any]:
-    loss = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else None
-    return {"loss": loss}
+def _pairs(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return zip(group["param_names"], group["params"], strict=True)
 
 
 def _number(name: str, value: Any) -> float:
