@@ -324,7 +324,7 @@ class Branches:
         params = self.binding.params
 
         def run(poison: Sequence[BoundParameter]) -> Any:
-            """The outputs, or None when they are not finite or the function fails."""
+            """The outputs, or None when there is a NaN or the function fails."""
             rewind()
             try:
                 with verify.poisoned(poison):
@@ -333,14 +333,14 @@ class Branches:
                 if _out_of_memory(error):
                     raise
                 return None
-            return outputs if verify.finite(outputs) else None
+            return None if verify.has_nan(outputs) else outputs
 
         with _same_buffers(self.binding.model), _same_random_numbers(self.binding.device) as rewind:
             outputs = run(params)
             if outputs is None:
                 rewind()
                 outputs = self._one_by_one(memory, fn)  # raises where fn itself is at fault
-                if not verify.finite(outputs):
+                if verify.has_nan(outputs):
                     return outputs  # NaN losses hide what poison would show: look again next time
                 memory.aliases = verify.readers(params, lambda part: run(part) is not None)
                 rewind()

@@ -53,10 +53,10 @@ def difference(stacked: Any, single: Any, dtypes: AbstractSet[torch.dtype]) -> s
     return None
 
 
-def finite(result: Any) -> bool:
-    """Whether all floating-point tensors of a result are finite."""
-    return all(
-        bool(torch.isfinite(leaf).all())
+def has_nan(result: Any) -> bool:
+    """Whether a floating-point tensor of a result holds NaN."""
+    return any(
+        bool(torch.isnan(leaf).any())
         for leaf in tree_flatten(result)[0]
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     )
