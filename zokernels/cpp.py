@@ -64,7 +64,7 @@ def use_instruction_set(name: str) -> None:
         )
 
 
-def set_tile_sizes(*, tile_bytes: int = 768 << 10, min_rows: int = 64) -> None:
+def set_tile_sizes(*, tile_bytes: int = 4 << 20, min_rows: int = 64) -> None:
     """How many bytes of displaced weights a tile of a product holds, and its least rows.
 
     For measurements and tests: results of noise do not depend on it, products may in the last bit.

@@ -353,7 +353,7 @@ void multiply(const Blob& a, const Blob& b, const Blob& out) {
 // Types whose vendor product is slower than converting to float32 and multiplying there (set by the
 // loader from what torch reports).
 std::atomic<bool> widen_bf16{false}, widen_f16{true};
-std::atomic<int64_t> tile_bytes{int64_t{768} << 10};
+std::atomic<int64_t> tile_bytes{int64_t{4} << 20};
 std::atomic<int64_t> tile_rows_min{64};
 
 bool widened(DType t) {
@@ -361,6 +361,7 @@ bool widened(DType t) {
 }
 
 constexpr int64_t kTokenBlock = 2048;
+constexpr int64_t kLeastBlock = 512;
 
 // Everything a product with displaced weights needs.
 struct Product {
@@ -395,15 +396,34 @@ struct Product {
     }
   }
 
-  // Outputs of a tile: as many as keep the displaced weights of all branches in the second-level
-  // cache, no fewer than the product needs to be efficient, no more than give every thread work.
-  int64_t tile(int64_t threads) const {
+  // Tasks of a product: outputs in tiles of `rows`, and tokens in blocks where the tiles alone
+  // would leave threads idle (the noise of a tile is then drawn once a block, which a block of 512
+  // tokens outweighs twentyfold). Sizes are measured: see csrc/README.md.
+  struct Plan {
+    int64_t rows, row_tiles, block, blocks;
+  };
+  Plan plan(int64_t threads) const {
     const int64_t unit = transposed ? 256 : 16;
-    const int64_t per_output = branches * fan_in * dtype_size(compute);
-    int64_t n = tile_bytes.load() / std::max<int64_t>(1, per_output);
-    n = std::max<int64_t>(n, transposed ? 256 : tile_rows_min.load());
-    n = std::min(n, (fan_out + threads - 1) / threads);
-    return std::max<int64_t>(unit, (n + unit - 1) / unit * unit);
+    const int64_t per_output = std::max<int64_t>(1, branches * fan_in * dtype_size(compute));
+    const int64_t least = std::max(unit, tile_rows_min.load());
+    const int64_t most = compute == DType::f32 ? 256 : 512;
+    int64_t rows = std::max(least, std::min(most, tile_bytes.load() / per_output));
+    Plan plan{};
+    plan.blocks = 1;
+    const int64_t share = (fan_out + threads - 1) / threads;
+    if (share < rows) {
+      rows = std::max(share, tokens >= 2 * kLeastBlock ? least : unit);
+      const int64_t tiles = (fan_out + rows - 1) / rows;
+      plan.blocks = std::max<int64_t>(1, std::min(threads / tiles, tokens / kLeastBlock));
+    }
+    // A whole number of tiles a thread.
+    int64_t tiles = (fan_out + rows - 1) / rows;
+    if (tiles > threads) tiles = (tiles + threads - 1) / threads * threads;
+    rows = (fan_out + tiles - 1) / tiles;
+    plan.rows = (rows + unit - 1) / unit * unit;
+    plan.row_tiles = (fan_out + plan.rows - 1) / plan.rows;
+    plan.block = (tokens + plan.blocks - 1) / plan.blocks;
+    return plan;
   }
 
   Region region(int64_t begin, int64_t end) const {
@@ -449,34 +469,32 @@ struct Product {
 // y is [branches, tokens, fan_out], contiguous, in the dtype of w.
 void linear_tiles(const Product& p, char* y, int64_t threads) {
   const Kernels& k = kernels();
-  const int64_t n_tile = p.tile(threads);
+  const Product::Plan plan = p.plan(threads);
   const int64_t size = dtype_size(p.dtype), compute_size = dtype_size(p.compute);
-  parallel_tasks((p.fan_out + n_tile - 1) / n_tile, [&](int64_t i) {
+  parallel_tasks(plan.row_tiles * plan.blocks, [&](int64_t i) {
     const TrimScratch trim;
-    const int64_t begin = i * n_tile, end = std::min(p.fan_out, begin + n_tile), n = end - begin;
+    const int64_t begin = i % plan.row_tiles * plan.rows;
+    const int64_t end = std::min(p.fan_out, begin + plan.rows), n = end - begin;
+    const int64_t first = i / plan.row_tiles * plan.block;
+    const int64_t last = std::min(p.tokens, first + plan.block);
     const int64_t tile_size = (p.branches * n * p.fan_in * compute_size + 63) / 64 * 64;
     const bool wide = p.compute != p.dtype;
-    const int64_t block = std::min(p.tokens, kTokenBlock);
+    const int64_t block = wide ? std::min(last - first, kTokenBlock) : last - first;
     char* memory =
         scratch.get(static_cast<size_t>(tile_size + (wide ? block * n * compute_size : 0)));
     p.displace(k, begin, end, memory);
     for (int64_t g = 0; g < p.branches; ++g) {
       const Blob weights = p.factor(memory, g, n);
-      char* to = y + (g * p.tokens * p.fan_out + begin) * size;
-      if (!wide) {
-        multiply(p.left(g, 0, p.tokens), weights, Blob(to, p.tokens, n, p.fan_out, 1, p.dtype));
+      for (int64_t t = first; t < last; t += block) {
+        const int64_t m = std::min(block, last - t);
+        char* to = y + ((g * p.tokens + t) * p.fan_out + begin) * size;
+        char* part = wide ? memory + tile_size : to;
+        const int64_t stride = wide ? n : p.fan_out;
+        multiply(p.left(g, t, m), weights, Blob(part, m, n, stride, 1, p.compute));
         if (p.bias_data)
-          k.add_bias(to, p.dtype, p.tokens, n, p.fan_out, p.bias_at(g, begin), p.bias_dtype);
-        continue;
-      }
-      char* part = memory + tile_size;
-      for (int64_t t = 0; t < p.tokens; t += block) {
-        const int64_t m = std::min(block, p.tokens - t);
-        multiply(p.left(g, t, m), weights, Blob(part, m, n, n, 1, p.compute));
-        if (p.bias_data) k.add_bias(part, p.compute, m, n, n, p.bias_at(g, begin), p.bias_dtype);
-        for (int64_t r = 0; r < m; ++r)
-          k.convert(part + r * n * compute_size, p.compute, to + (t + r) * p.fan_out * size,
-                    p.dtype, n);
+          k.add_bias(part, p.compute, m, n, stride, p.bias_at(g, begin), p.bias_dtype);
+        for (int64_t r = 0; wide && r < m; ++r)
+          k.convert(part + r * n * compute_size, p.compute, to + r * p.fan_out * size, p.dtype, n);
       }
     }
   });
@@ -571,8 +589,9 @@ Tensor linear_cross_entropy(Tensor x, Tensor w, std::optional<Tensor> bias, Tens
   // Chunks of the vocabulary do not depend on the thread count, and their partial sums are added in
   // order.
   const int64_t per_output = std::max<int64_t>(1, p.branches * p.fan_in * dtype_size(p.compute));
-  const int64_t n_tile =
-      std::clamp<int64_t>(tile_bytes.load() / per_output / 16 * 16, tile_rows_min.load(), 512);
+  const int64_t n_tile = std::max<int64_t>(
+      tile_rows_min.load(), std::min<int64_t>(p.compute == DType::f32 ? 256 : 512,
+                                              tile_bytes.load() / per_output / 16 * 16));
   const int64_t chunks = (p.fan_out + n_tile - 1) / n_tile;
   const int64_t compute_size = dtype_size(p.compute);
   std::vector<double> loss(static_cast<size_t>(p.branches), 0.0);
