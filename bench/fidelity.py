@@ -190,7 +190,7 @@ def main(
     console = Console(width=120)
     every = torch.get_num_threads()
     with harness.threads(1):
-        text = precision.start_model(pretraining).to(torch.bfloat16)
+        text = models.cast_(precision.start_model(pretraining), "bf16")
     todo = [("text", text, models.english().evaluation(8, 64), seeds, 1)]
     if large_seeds:
         opt = models.build("opt-125m", "bf16")

@@ -111,6 +111,13 @@ def build(
     return model.eval().to(device)
 
 
+def cast_(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """Convert the parameters of a model; buffers (rotary frequencies) stay in float32."""
+    for p in model.parameters():
+        p.data = p.data.to(DTYPES[dtype])
+    return model
+
+
 def random_batch(model: PreTrainedModel, size: int, length: int, *, seed: int = 0) -> Batch:
     """Random tokens in the ``labels=`` convention: int64 ``[size, length]``."""
     generator = torch.Generator().manual_seed(seed)

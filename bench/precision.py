@@ -57,7 +57,7 @@ def start_model(steps: int, *, seed: int = 0) -> PreTrainedModel:
 @torch.inference_mode()
 def held_out_loss(model: PreTrainedModel, batch: models.Batch) -> float:
     """Loss in float32 of weights stored in any dtype."""
-    return float(copy.deepcopy(model).float()(**batch).loss)
+    return float(models.cast_(copy.deepcopy(model), "fp32")(**batch).loss)
 
 
 @torch.inference_mode()
@@ -86,7 +86,7 @@ def train(
         KeyError: unknown arm.
     """
     dtype, rounding = ARMS[arm]
-    model = copy.deepcopy(start).to(models.DTYPES[dtype])
+    model = models.cast_(copy.deepcopy(start), dtype)
     first = [p.detach().clone() for p in model.parameters()]
     text = models.capitals()
     evaluation = text.evaluation(64, length)

@@ -342,14 +342,16 @@ def test_drift_is_zero_for_ours_and_not_for_mezo():
 def test_nearest_rounding_keeps_more_weights_where_they_are():
     start = precision.start_model(5)
     assert all(torch.equal(p, p.bfloat16().float()) for p in start.parameters())
-    end = {}
+    first, end = {}, {}
     for arm in precision.ARMS:
         rows = precision.train(
             start, arm, 1, steps=2, every=1, lr=1e-5, eps=1e-3, size=2, length=16
         )
         assert [r["step"] for r in rows] == [0, 1, 2]
         assert rows[0]["unchanged"] == 1.0
+        first[arm] = rows[0]["loss"]
         end[arm] = rows[-1]
+    assert len(set(first.values())) == 1  # all arms start from the same weights
     steps, loss = precision.curves([{**r} for r in end.values()], "fp32")
     assert steps == [2] and loss.shape == (1, 1)
     assert end["bf16 nearest"]["unchanged"] > end["bf16 stochastic"]["unchanged"]
