@@ -375,6 +375,21 @@ def test_frozen_parameters_do_not_move_and_can_be_thawed() -> None:
     assert torch.equal(net.last.weight, kept)
 
 
+def test_a_binding_chooses_whatever_requires_grad_says() -> None:
+    net = model().requires_grad_(False)
+    binding = zo.Binding(net, ["norm.weight", "last.bias"])
+    start = weights(net)
+    opt = MeZO(binding, lr=1e-2)
+    assert opt._bound is binding
+    opt.step(BATCH)
+    moved = {n for n, w in weights(net).items() if not torch.equal(w, start[n])}
+    assert moved == {"norm.weight", "last.bias"}
+    twin, its = copy.deepcopy((net, opt))
+    opt.step(BATCH)
+    its.step(BATCH)
+    assert same(net, twin)
+
+
 def test_a_tied_weight_has_one_direction() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

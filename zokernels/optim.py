@@ -86,10 +86,10 @@ class MeZO(torch.optim.Optimizer):
     does. In training mode both probes see the same dropout masks.
 
     Args:
-        params: a module (its parameters with ``requires_grad``), a :class:`~zokernels.Binding`,
-            named parameters ``(name, parameter)``, or groups (dicts with ``"params"`` and own
-            ``lr``, ``eps``, ``weight_decay``, ``momentum``). Bare parameters need ``model``. Listed
-            parameters without ``requires_grad`` stay fixed until it is set.
+        params: a module (its parameters with ``requires_grad``), a :class:`~zokernels.Binding` (the
+            parameters it selects), named parameters ``(name, parameter)``, or groups (dicts with
+            ``"params"`` and own ``lr``, ``eps``, ``weight_decay``, ``momentum``). Bare parameters
+            need ``model``. Listed parameters without ``requires_grad`` stay fixed until it is set.
         lr: learning rate, >= 0.
         eps: size of the probes, > 0.
         weight_decay: decoupled weight decay, >= 0. The factor ``1 - lr * weight_decay`` is a
@@ -130,6 +130,8 @@ class MeZO(torch.optim.Optimizer):
     max_branches: int | None
     sequential: bool | None
     _model: nn.Module | None
+    _explicit: bool  # a Binding chose the parameters, whatever their requires_grad
+    _given: Binding | None
     _bound: Binding | NamedTensors | None
     _groups: list[list[BoundParameter]]
     _announced: list[list[BoundParameter]]  # the groups the journal knows
@@ -183,6 +185,8 @@ class MeZO(torch.optim.Optimizer):
             raise TypeError(f"journal must be a Trajectory or None; got {type(journal).__name__}")
 
         self._model, groups = _sources(params, model)
+        self._given = params if isinstance(params, Binding) else None
+        self._explicit = self._given is not None
         self._bound = None
         self._groups, self._announced, self._flags = [], [], ()
         self._step, self._skipped, self._warned = 0, 0, False
@@ -271,15 +275,22 @@ class MeZO(torch.optim.Optimizer):
                 if moves
             )
         else:
+            chosen = set(listed)
             trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
-            whole = trainable == set(listed)
-            # The default binding of a model is shared with zo.branches and zo.dual_loss.
-            bound = bind(self._model) if whole else Binding(self._model, listed)
+            if self._given is not None and chosen == set(self._given.by_name):
+                bound = self._given
+            elif chosen == trainable:
+                bound = bind(self._model)  # shared with zo.branches and zo.dual_loss
+            else:
+                bound = Binding(self._model, listed)
         groups = [[bound.by_name[n] for n in row if n in bound.by_name] for row in names]
         self._bound, self._groups, self._flags = bound, groups, flags
 
     def _requires_grad(self) -> tuple[tuple[bool, ...], ...]:
-        return tuple(tuple(p.requires_grad for p in g["params"]) for g in self.param_groups)
+        """Which listed parameters move."""
+        return tuple(
+            tuple(self._explicit or p.requires_grad for p in g["params"]) for g in self.param_groups
+        )
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -637,6 +648,7 @@ class MeZO(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling and copying, and the last act of torch's ``load_state_dict``."""
         super().__setstate__(state)
+        self.__dict__.setdefault("_given", None)
         for name, value in (self.__dict__.get("_incoming") or {}).items():
             setattr(self, name, value)
         self._incoming = None
@@ -662,6 +674,7 @@ _KEPT = (
     "sequential",
     "max_branches",
     "_model",
+    "_explicit",
     "_journal",
     "_warned",
     "_last",
