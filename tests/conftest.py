@@ -7,6 +7,7 @@ them stops with an error instead of passing on what is left.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Set before transformers is imported: nothing in the tests may reach for a network.
@@ -81,26 +82,32 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(previous, warn_only=warn_only)
 
 
+def _compiler_stance() -> str:
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames._stance.stance if frames is not None else "default"
+
+
 @pytest.fixture(autouse=True)
 def _global_state() -> Iterator[None]:
-    """Every test starts from the same global random state and leaves grad mode and dtype alone."""
+    """Every test starts from the same global random state and leaves torch's settings alone."""
     torch.manual_seed(0)
-    grad, dtype, threads = (
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-    )
+    before = {
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "thread count": torch.get_num_threads(),
+        "compiler stance": "default",
+    }
     yield
-    leaked = [
-        what
-        for what, now, before in (
-            ("grad mode", torch.is_grad_enabled(), grad),
-            ("default dtype", torch.get_default_dtype(), dtype),
-            ("thread count", torch.get_num_threads(), threads),
-        )
-        if now != before
-    ]
-    torch.set_grad_enabled(grad)
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
+    after = {
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "thread count": torch.get_num_threads(),
+        "compiler stance": _compiler_stance(),
+    }
+    torch.set_grad_enabled(before["grad mode"])
+    torch.set_default_dtype(before["default dtype"])
+    torch.set_num_threads(before["thread count"])
+    if after["compiler stance"] != "default":
+        torch.compiler.set_stance("default")
+    leaked = [what for what in before if before[what] != after[what]]
     assert not leaked, f"the test changed global state: {leaked}"

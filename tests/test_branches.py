@@ -1002,6 +1002,39 @@ def test_models_on_threads():
         close(g, torch.stack(w))
 
 
+def test_overlapping_evaluations_on_threads_leave_torch_compile_alone():
+    """First in, first out: what each of them set for the process must not stay behind."""
+    import torch._dynamo
+
+    first, second = net(), net()
+    events = [threading.Event() for _ in range(3)]
+
+    def one() -> None:
+        with zo.displaced(first, [1], [0.1]):
+            events[0].set()
+            events[1].wait(30)
+        events[2].set()
+
+    def two() -> None:
+        events[0].wait(30)
+        with zo.displaced(second, [1], [0.1]):
+            events[1].set()
+            events[2].wait(30)
+
+    threads = [threading.Thread(target=work) for work in (one, two)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(e.is_set() for e in events)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.compile(lambda x: x + 1, backend="eager")(X)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, (
+        "compilation is off for good"
+    )
+
+
 def test_one_model_on_two_threads_is_refused():
     model = net()
     br = zo.branches(model, [1], PAIR)
