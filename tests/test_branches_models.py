@@ -3,8 +3,9 @@
 The oracle adds ``sum_k c_k z_k`` to the weights themselves, as MeZO does, and runs the plain model.
 
 ``RTOL``: in float32 the two differ by the order of sums only. Over this zoo the largest relative
-difference of a loss was 2.4e-7 and of a logit 3e-6 of the largest; 2e-5 leaves room for other math
-libraries, and a displacement of 1e-2 moves each loss by at least ten times that (asserted).
+difference was 2.4e-7 for a loss and 7.0e-7 for logits (of the largest logit), with either backend;
+1e-5 leaves room for other math libraries, and the displacement of 1e-2 moves each loss by at least
+ten times that (asserted).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import zokernels as zo
 
-RTOL = 2e-5
+RTOL = 1e-5
 EPS = 1e-2
 
 # G = 3 branches of K = 2 directions, one of them the weights themselves.
