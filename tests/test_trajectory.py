@@ -757,7 +757,9 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
         seen = [child.stdout.readline() for _ in range(12)]
     finally:
         child.send_signal(signal.SIGKILL)
-        rest = child.stdout.read().split() if child.stdout else []
+        assert child.stdout is not None
+        with child.stdout as stream:
+            rest = stream.read().split()
         child.wait()
     done = int((rest or [seen[-1]])[-1])
     assert done >= 12
