@@ -87,9 +87,11 @@ def test_finetune(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
     # Going on with a run that is done needs its folder only.
     again = call("finetune", "--resume", "--output", tmp_path / "out", "--no-compare-mezo")
     assert again.exit_code == 0, again.output
-    assert [x for x in again.output.splitlines() if x.startswith("seed")] == [
-        x for x in result.output.splitlines() if x.startswith("seed")
+    scores = [
+        [line for line in output.splitlines() if ": held-out loss" in line]
+        for output in (result.output, again.output)
     ]
+    assert scores[0] == scores[1] and len(scores[0]) == 2
 
 
 def test_config_file_and_command_line(model_dir: Path, labelled: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from zokernels.finetune import assets, peer, report, train
+from zokernels.finetune import assets, peer, presets, report, train
 from zokernels.finetune import data as data_
 from zokernels.finetune.config import Config, UserError, build, lr_factor, read_file
 from zokernels.finetune.memory import Peak
@@ -442,7 +442,7 @@ def test_resume_is_bit_for_bit(
 def test_killed_run_resumes_bit_for_bit(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
     def options(output: str) -> Config:
         return configuration(
-            model_dir, labelled, tmp_path / output, **CLASSIFY, steps=300, checkpoint_every=7
+            model_dir, labelled, tmp_path / output, **CLASSIFY, steps=150, checkpoint_every=7
         )
 
     whole = train.finetune(options("whole"), SILENT)
@@ -467,7 +467,7 @@ def test_killed_run_resumes_bit_for_bit(model_dir: Path, labelled: Path, tmp_pat
     place = tmp_path / "killed/seed-0"
     assert not (place / train.RESULT).exists()
     done = json.loads((place / train.CHECKPOINT).read_text())["optimizer"]["mezo"]["step"]
-    assert 14 <= done < 300
+    assert 14 <= done < 150
     resumed = train.finetune(
         build(train.resumed_options(str(tmp_path / "killed")), {"resume": True}), SILENT
     )
@@ -491,6 +491,35 @@ def test_folders_are_not_mixed_up(model_dir: Path, labelled: Path, tmp_path: Pat
         train.resumed_options(str(tmp_path / "nothing"))
 
 
+def test_changed_data_is_noticed(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
+    config = configuration(model_dir, labelled, tmp_path / "out", **CLASSIFY, steps=3)
+    train.finetune(config, SILENT)
+    (tmp_path / "out/seed-0" / train.RESULT).unlink()  # as if killed in the last evaluation
+    resumed = build(config.to_dict(), {"resume": True})
+    train.finetune(resumed, SILENT)
+    (tmp_path / "out/seed-0" / train.RESULT).unlink()
+    labelled.write_text(labelled.read_text().replace("xx", "zz"))
+    with pytest.raises(UserError, match="--resume: the training examples are not those"):
+        train.finetune(resumed, SILENT)
+
+
+def test_long_examples_are_cut_and_counted(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
+    words = load_tokenizer(str(model_dir))
+    config = configuration(model_dir, labelled, tmp_path / "out", **CLASSIFY, max_length=8)
+    prepared = data_.prepare(config, words)
+    assert prepared.notes == ["60 examples are longer than 8 tokens: cut"]
+    assert all(words.decode(e.tokens) == "\nLabel:" for e in prepared.train)
+    assert not data_.prepare(build(config.to_dict(), {"max_length": 32}), words).notes
+
+
+def test_demo_folders(tmp_path: Path) -> None:
+    assert presets.fresh_folder(tmp_path) == presets.last_folder(tmp_path)
+    for name in ("demo", "demo-2"):
+        assert presets.fresh_folder(tmp_path) == str(tmp_path / "runs" / name)
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        assert presets.last_folder(tmp_path) == str(tmp_path / "runs" / name)
+
+
 def test_model_errors(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path / "none", labelled, tmp_path / "out")
     with pytest.raises(UserError, match="--model: no such folder"):
@@ -498,6 +527,8 @@ def test_model_errors(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--model .*empty"):
         load_tokenizer(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="--max-length must be at most the model's 256; got 300"):
+        load_model(configuration(model_dir, labelled, tmp_path / "o", max_length=300), 0)
     with pytest.raises(UserError, match="--device must be"):
         load_model(configuration(model_dir, labelled, tmp_path / "o", device="toaster"), 0)
 

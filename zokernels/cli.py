@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -359,16 +360,18 @@ def _configuration(
     output = given.get("output") or from_file.get("output")
     if given.get("resume") or from_file.get("resume"):
         if demo and not output:
-            output = presets.DEMO["output"]
+            output = presets.last_folder()
         if not output:
             raise UserError("--resume needs the --output folder of the run")
         base = train.resumed_options(output)
     elif demo:
         # Mistakes on the command line show before anything is downloaded.
         build({**presets.DEMO, "model": "demo", "data": "demo"}, from_file, given)
+        if not output:
+            given = {**given, "output": presets.fresh_folder()}
         base = presets.demo(
             given.get("cache_dir") or from_file.get("cache_dir"),
-            lambda line: console.print(line, highlight=False),
+            _plain(console),
         )
     return build(base, from_file, given)
 
@@ -379,6 +382,10 @@ def _run(config: Config, console: Console) -> None:
     summary = train.finetune(config, console)
     report.picture(summary, Path(config.output) / train.PICTURE)
     report.show(summary, console)
+
+
+def _plain(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _verbalizers(entries: list[str]) -> dict[str, str]:

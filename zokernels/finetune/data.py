@@ -9,6 +9,7 @@ seen.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import string
 from collections.abc import Iterator, Sequence
@@ -38,12 +39,14 @@ class Example:
     """Token ids of one example.
 
     ``text`` and ``completion``: ``tokens`` with ``start`` the first position that is predicted.
-    ``classify``: ``tokens`` is the prompt and ``label`` indexes the candidates.
+    ``classify``: ``tokens`` is the prompt and ``label`` indexes the candidates. ``cut`` says that
+    the example was longer than ``max_length``.
     """
 
     tokens: tuple[int, ...]
     start: int = 1
     label: int = -1
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class Prepared:
     candidates: list[tuple[int, ...]] = field(default_factory=list)
     pad: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def sha256(self) -> str:
+        """Digest of the training examples: what a resumed run must find again."""
+        digest = hashlib.sha256(repr((self.task, self.candidates)).encode())
+        for e in self.train:
+            digest.update(repr((e.tokens, e.start, e.label)).encode())
+        return digest.hexdigest()
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -184,25 +194,24 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     records = read(config.data)
     held = read(config.eval_data, "--eval-data") if config.eval_data is not None else None
     task = config.resolved_task
-    notes: list[str] = []
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     if task == "text":
         column = config.text_column or "text"
         train, held_out = _text(config, tokenizer, records, held, column)
-        return _limited(config, Prepared(task, train, held_out, pad=pad, notes=notes))
+        return _limited(config, Prepared(task, train, held_out, pad=pad))
     if held is None:
         records, held = _split(records, config.eval_fraction)
     if task == "completion":
         columns = (config.prompt_column or "prompt", config.completion_column or "completion")
         train = [_completion(config, tokenizer, r, columns, "--data") for r in records]
         held_out = [_completion(config, tokenizer, r, columns, "--eval-data") for r in held]
-        return _limited(config, Prepared(task, train, held_out, pad=pad, notes=notes))
+        return _limited(config, Prepared(task, train, held_out, pad=pad))
     labels, candidates = _label_words(config, tokenizer, records + held)
     train = [_classify(config, tokenizer, r, labels, candidates) for r in records]
     held_out = [_classify(config, tokenizer, r, labels, candidates) for r in held]
-    return _limited(config, Prepared(task, train, held_out, labels, candidates, pad, notes))
+    return _limited(config, Prepared(task, train, held_out, labels, candidates, pad))
 
 
 def _limited(config: Config, prepared: Prepared) -> Prepared:
@@ -216,6 +225,9 @@ def _limited(config: Config, prepared: Prepared) -> Prepared:
         del prepared.train[config.train_limit :]
     if config.eval_limit:
         del prepared.held_out[config.eval_limit :]
+    cut = sum(e.cut for e in prepared.train + prepared.held_out)
+    if cut:
+        prepared.notes.append(f"{cut} examples are longer than {config.max_length} tokens: cut")
     return prepared
 
 
@@ -297,11 +309,12 @@ def _completion(
         tail.append(tokenizer.eos_token_id)
     if not tail:
         raise UserError(f"{option}: an example's completion is empty")
+    cut = len(prompt) + len(tail) > config.max_length
     tail = tail[: config.max_length - 1]
     prompt = prompt[-(config.max_length - len(tail)) :]
     if not prompt:
         raise UserError(f"{option}: an example's prompt is empty")
-    return Example(tuple(prompt + tail), start=len(prompt))
+    return Example(tuple(prompt + tail), start=len(prompt), cut=cut)
 
 
 def template_of(config: Config) -> str:
@@ -354,9 +367,9 @@ def _classify(
     if room < 1:
         raise UserError(f"--max-length {config.max_length} leaves no room beside the label words")
     # Cut from the left, as MeZO does: the end of the prompt asks the question.
-    tokens = _encode(tokenizer, template.format(**values), special=True)[-room:]
+    tokens = _encode(tokenizer, template.format(**values), special=True)
     label = labels.index(_column(record, str(config.label_column), "--label-column"))
-    return Example(tuple(tokens), label=label)
+    return Example(tuple(tokens[-room:]), label=label, cut=len(tokens) > room)
 
 
 # --- batches --------------------------------------------------------------------------------------

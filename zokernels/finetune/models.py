@@ -96,6 +96,11 @@ def load_model(config: Config, seed: int) -> nn.Module:
             raise UserError(
                 f"--model {config.model} cannot be loaded: {_one_line(error)}"
             ) from error
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise UserError(
+            f"--max-length must be at most the model's {limit}; got {config.max_length}"
+        )
     model.to(device_of(config))
     model.requires_grad_(False)
     if config.trainable == "lora":
@@ -153,7 +158,8 @@ def select(model: nn.Module, selection: str) -> set[str]:
     Raises:
         UserError: a malformed selection, or one that selects nothing.
     """
-    names = {name for name, _ in model.named_parameters()}
+    # Quantised bases hold integers, which stay as they are.
+    names = {name for name, p in model.named_parameters() if p.is_floating_point()}
     if selection.startswith("regex:"):
         chosen = _matching(names, selection.removeprefix("regex:"))
     else:

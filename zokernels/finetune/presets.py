@@ -1,8 +1,24 @@
-"""The demo: a configuration like any other, on a real model and real text."""
+"""The demo: a configuration like any other, on a real model and real text.
+
+SmolLM2-135M-Instruct judges movie-review sentences by the word it expects after
+``Sentiment:``. The scale of the model's last normalisation moves (576 numbers); everything below it is
+the same for all probes of a step, so a stacked step of 32 directions costs one forward pass where a
+loop costs 64.
+
+How the settings were found: on the validation split, never the test split that the demo reports. Of
+four prompts the one whose untrained accuracy was best was taken (0.82 on 400 sentences; MeZO's own
+``It was`` terrible/great: 0.53, and the largest gain would have been the easiest). Moving all weights
+or the norms of the last layers took more steps than five minutes allow. Learning rates 0.1 to 10,
+batches 8 to 64, 8 to 64 directions, Gaussian and Rademacher directions, momentum and three schedules
+were tried with 4 to 12 seeds each: 50 steps at these settings gave 0.846 (standard deviation over 12
+seeds 0.006) from 0.790 on the validation split. Rates above 8 are unstable.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from zokernels.finetune import assets
@@ -16,8 +32,8 @@ DEMO: dict[str, Any] = {
     "verbalizers": {"0": " negative", "1": " positive"},
     "objective": "candidates",
     "trainable": r"regex:^model\.norm\.",
-    "steps": 60,
-    "lr": 5.0,
+    "steps": 50,
+    "lr": 6.0,
     "eps": 0.1,
     "batch_size": 16,
     "num_directions": 32,
@@ -28,6 +44,25 @@ DEMO: dict[str, Any] = {
     "eval_limit": 400,
     "output": "runs/demo",
 }
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """``runs/demo``, ``runs/demo-2``, ``runs/demo-3``, ..."""
+    first = root / str(DEMO["output"])
+    yield first
+    for number in itertools.count(2):
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def fresh_folder(root: Path = Path()) -> str:
+    """The first of the demo's folders that does not exist yet."""
+    return str(next(folder for folder in _folders(root) if not folder.exists()))
+
+
+def last_folder(root: Path = Path()) -> str:
+    """The last of the demo's folders that exists; ``runs/demo`` when none does."""
+    existing = list(itertools.takewhile(Path.exists, _folders(root)))
+    return str(existing[-1] if existing else next(_folders(root)))
 
 
 def demo(cache_dir: str | None, log: Callable[[str], None]) -> dict[str, Any]:

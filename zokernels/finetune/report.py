@@ -76,6 +76,7 @@ def show(summary: Summary, console: Console) -> None:
         f"{'s' if config.num_directions > 1 else ''} a step, lr {config.lr:g} ({config.schedule}), "
         f"eps {config.eps:g}",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table(title=f"Held out: {before.examples} examples", box=box.SIMPLE_HEAD)
     for name in ("", "loss before", "loss after"):
@@ -100,11 +101,11 @@ def show(summary: Summary, console: Console) -> None:
             cells += [f"{before.perplexity:.3f}", _plus_minus(perplexity, error, 3)]
         table.add_row("mean ± s.e. over seeds", *cells)
     console.print(table)
-    console.print(_verdict(summary), highlight=False)
+    console.print(_verdict(summary), highlight=False, soft_wrap=True)
     if summary.comparisons:
         console.print(_beside_mezo(summary))
     for line in _costs(summary):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _cells(before: Score, after: Score) -> list[str]:

@@ -179,6 +179,8 @@ def finetune(config: Config, console: Console) -> Summary:
         f"task {prepared.task}",
         highlight=False,
     )
+    for note in prepared.notes:
+        console.print(note, highlight=False)
     _write(folder / CONFIG, config.to_dict())
 
     runs: list[Run] = []
@@ -197,7 +199,7 @@ def finetune(config: Config, console: Console) -> Summary:
             place = folder / f"seed-{seed}"
             place.mkdir(exist_ok=True)
             runs.append(_Trainer(config, prepared, model, seed, place, progress).run())
-            progress.console.print(_finished(before, runs[-1]), highlight=False)
+            progress.console.print(_finished(before, runs[-1]), highlight=False, soft_wrap=True)
             if config.save_weights:
                 model.save_pretrained(place / WEIGHTS)  # type: ignore[operator]
                 tokenizer.save_pretrained(place / WEIGHTS)
@@ -238,6 +240,7 @@ class _Trainer:
         self.config, self.prepared, self.model, self.seed = config, prepared, model, seed
         self.folder, self.progress = folder, progress
         self.device = models.device_of(config)
+        self.data_sha256 = prepared.sha256()
         self.objective = Objective(model, config.objective)
         self.objective.settle(model, data_.collate(prepared, prepared.train[:2], self.device))
 
@@ -354,11 +357,21 @@ class _Trainer:
         mean_g = statistics.mean(map(abs, gradients)) if gradients else math.nan
         note = f"loss {recent:.4f}  lr {lr:.2e}  |g| {mean_g:.2f}  {speed:.2f} it/s"
         self.progress.update(task, advance=1, note=note)
+        if not self.progress.console.is_terminal and (step + 1) % max(config.steps // 5, 1) == 0:
+            self.progress.console.print(
+                f"seed {self.seed} step {step + 1}/{config.steps}  {note}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     # --- going on ---------------------------------------------------------------------------------
 
     def _checkpoint(self, optimizer: MeZO, history: _History) -> None:
-        state = {"optimizer": optimizer.state_dict(), "history": dataclasses.asdict(history)}
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "history": dataclasses.asdict(history),
+            "data_sha256": self.data_sha256,
+        }
         _write(self.folder / CHECKPOINT, state)
 
     def _continue(self, optimizer: MeZO, journal: Trajectory) -> tuple[Path, _History]:
@@ -367,6 +380,11 @@ class _Trainer:
         history = _History()
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["data_sha256"] != self.data_sha256:
+                raise UserError(
+                    "--resume: the training examples are not those the run began with (the data "
+                    "file or the tokenizer changed)"
+                )
             optimizer.load_state_dict(saved["optimizer"])
             history = _History.of(saved["history"])
         if journal.next_step < optimizer.num_steps:
@@ -487,7 +505,9 @@ def _compare(
             )
         if config.trainable not in ("full", "lora"):
             moving = [p for p in model.parameters() if p.requires_grad]
-            model.requires_grad_(True)
+            everything = models.select(model, "full")
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in everything)
             rows.append(one_direction("full"))
             model.requires_grad_(False)
             for parameter in moving:
