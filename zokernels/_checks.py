@@ -300,8 +300,8 @@ def linear_cross_entropy(
     lead = x.shape[:-1] if shared else x.shape[1:-1]
     if targets.dtype != torch.int64 or tuple(targets.shape) != tuple(lead) or len(lead) != 1:
         raise ValueError(
-            f"targets must be int64 of shape [tokens] = {tuple(lead)}; got {targets.dtype} of shape "
-            f"{tuple(targets.shape)}"
+            f"targets must be int64 of shape [tokens] = {tuple(lead)}; got {targets.dtype} of "
+            f"shape {tuple(targets.shape)}"
         )
     _device("targets", targets, w.device)
     return device

@@ -1,12 +1,12 @@
 """Schemas and fake implementations of every op, and nothing else.
 
-The ops are the contract between the layers: backends implement them (:mod:`zokernels.reference` is the
-specification), everything above calls them as ``torch.ops.zokernels.<op>``.
+The ops are the contract between the layers: backends implement them (:mod:`zokernels.reference` is
+the specification), everything above calls them as ``torch.ops.zokernels.<op>``.
 
 Notation: ``w`` a matrix ``[rows, cols]`` in the sense of :mod:`zokernels.noise`, ``seeds`` int64
-``[K]``, ``coeffs`` float32 ``[G, K]`` (or ``[K]`` for updates), ``z_k`` the direction of seed ``k``,
-branch ``g`` the weights ``w + sum_k coeffs[g, k] z_k``. Offsets say where ``w`` starts inside its
-parameter.
+``[K]``, ``coeffs`` float32 ``[G, K]`` (or ``[K]`` for updates), ``z_k`` the direction of seed
+``k``, branch ``g`` the weights ``w + sum_k coeffs[g, k] z_k``. Offsets say where ``w`` starts
+inside its parameter.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ SCHEMAS = {
     # params += sum_k coeffs[k] z_k, one rounding at every True of `ends` (None: at every term);
     # decay[k] multiplies the weight before term k.
     "update_": "(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
-    "int[] param_ids, SymInt[] row_offsets, SymInt[] col_offsets, str distribution, str rounding) -> ()",
+    "int[] param_ids, SymInt[] row_offsets, SymInt[] col_offsets, str distribution, "
+    "str rounding) -> ()",
     # <vectors, z_k> over all vectors: float32 [K].
     "project": "(Tensor[] vectors, Tensor seeds, int[] param_ids, SymInt[] row_offsets, "
     "SymInt[] col_offsets, str distribution) -> Tensor",
-    # y_g = x_g W_g^T + bias_g, or x_g W_g when transposed; x [G, ..., in], or [..., in] when shared.
+    # y_g = x_g W_g^T + bias_g, or x_g W_g when transposed; x [G, ..., in], [..., in] when shared.
     "linear": "(Tensor x, Tensor w, Tensor? bias, Tensor seeds, Tensor coeffs, int param_id, "
-    "SymInt row_offset, SymInt col_offset, str distribution, bool shared, bool transposed) -> Tensor",
+    "SymInt row_offset, SymInt col_offset, str distribution, bool shared, bool transposed) "
+    "-> Tensor",
     # Rows ids of W_g; ids [G, ...], or [...] when shared; -> [G, ..., cols].
-    "embedding": "(Tensor ids, Tensor w, Tensor seeds, Tensor coeffs, int param_id, SymInt row_offset, "
-    "SymInt col_offset, str distribution, bool shared) -> Tensor",
+    "embedding": "(Tensor ids, Tensor w, Tensor seeds, Tensor coeffs, int param_id, "
+    "SymInt row_offset, SymInt col_offset, str distribution, bool shared) -> Tensor",
     # Mean cross-entropy of softmax(x_g W_g^T + bias_g) against targets, float32 [G].
     "linear_cross_entropy": "(Tensor x, Tensor w, Tensor? bias, Tensor targets, Tensor seeds, "
-    "Tensor coeffs, int param_id, SymInt row_offset, SymInt col_offset, str distribution, bool shared, "
-    "int ignore_index) -> Tensor",
+    "Tensor coeffs, int param_id, SymInt row_offset, SymInt col_offset, str distribution, "
+    "bool shared, int ignore_index) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():

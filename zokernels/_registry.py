@@ -1,8 +1,8 @@
 """Which backend serves which op on which device.
 
-Backends are tried in a fixed order per device type; ``reference`` serves every device. A backend that
-cannot be used keeps the reason. ``ZOKERNELS_BACKEND`` (or :func:`use_backend`) asks for one by name,
-and what is asked for and cannot be had is an error, never a silent fallback.
+Backends are tried in a fixed order per device type; ``reference`` serves every device. A backend
+that cannot be used keeps the reason. ``ZOKERNELS_BACKEND`` (or :func:`use_backend`) asks for one by
+name, and what is asked for and cannot be had is an error, never a silent fallback.
 """
 
 from __future__ import annotations

@@ -2,58 +2,58 @@
 
 A direction is a pure function of ``(seed, parameter, row, column)``. It does not depend on block
 sizes, threads, SIMD width, device, dtype, sharding, the order of the parameters or torch's global
-random state. This module is the contract's text and its plain-torch reference; every backend is held
-to it.
+random state. This module is the contract's text and its plain-torch reference; every backend is
+held to it.
 
 Generator
     Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), known-answer
     vectors of Random123. Key: the 64-bit seed, low word first. Counter words:
-    ``(column block, row, parameter id, stream)``. Seeds travel in int64 tensors as the bit pattern of
-    a uint64.
+    ``(column block, row, parameter id, stream)``. Seeds travel in int64 tensors as the bit pattern
+    of a uint64.
 
 Streams
     0 directions; 1 stochastic rounding of updates; 2 stochastic rounding of probes; 3 derivation of
     seeds from a root seed.
 
 Parameter id
-    First four bytes, little-endian, of SHA-256 of the parameter's qualified name in UTF-8. Two names
-    of one model with equal ids are refused when the model is bound.
+    First four bytes, little-endian, of SHA-256 of the parameter's qualified name in UTF-8. Two
+    names of one model with equal ids are refused when the model is bound.
 
 Rows and columns
-    A parameter is seen as a matrix ``(rows, last dimension)``: ``(1, d)`` for a vector, ``(1, 1)`` for
-    a scalar, ``(prod(shape[:-1]), shape[-1])`` otherwise. Row and column are those of the whole
+    A parameter is seen as a matrix ``(rows, last dimension)``: ``(1, d)`` for a vector, ``(1, 1)``
+    for a scalar, ``(prod(shape[:-1]), shape[-1])`` otherwise. Row and column are those of the whole
     parameter: a shard or a tile passes its offset.
 
 Uniform
-    ``uniform(w) = ((w >> 9) + 1/2) * 2**-23``: exact in float32, in ``[2**-24, 1 - 2**-24]``. As bits:
-    ``bitcast(0x3f800000 | w >> 9) - (1 - 2**-24)``.
+    ``uniform(w) = ((w >> 9) + 1/2) * 2**-23``: exact in float32, in ``[2**-24, 1 - 2**-24]``. As
+    bits: ``bitcast(0x3f800000 | w >> 9) - (1 - 2**-24)``.
 
 Gaussian (Box-Muller without range reduction)
-    Columns go in groups of 256. Counter word 0 is ``(c // 256) * 64 + c % 64``, and one Philox call's
-    words ``w0..w3`` give the normals of columns ``c, c + 64, c + 128, c + 192``. A pair of words
-    ``(a, b)``, ``(w0, w1)`` or ``(w2, w3)``, gives two of them::
+    Columns go in groups of 256. Counter word 0 is ``(c // 256) * 64 + c % 64``, and one Philox
+    call's words ``w0..w3`` give the normals of columns ``c, c + 64, c + 128, c + 192``. A pair of
+    words ``(a, b)``, ``(w0, w1)`` or ``(w2, w3)``, gives two of them::
 
         r = sqrt(-2 ln uniform(a))
         phi = pi/2 * (uniform(b) - 1/2)                  in (-pi/4, pi/4)
         (p, q) = (cos phi, sin phi); swapped if b & 1; both negated if b & 2
         normals = r * p, r * q
 
-    The two low bits of ``b`` choose the wedge of the circle and the upper 23 the angle inside it, so
-    no backend reduces an argument. ``|z| <= sqrt(48 ln 2) = 5.77``. Backends agree with the float64
-    value of this formula to 2e-6 absolute.
+    The two low bits of ``b`` choose the wedge of the circle and the upper 23 the angle inside it,
+    so no backend reduces an argument. ``|z| <= sqrt(48 ln 2) = 5.77``. Backends agree with the
+    float64 value of this formula to 2e-6 absolute.
 
 Rademacher
     Counter word 0 is ``c // 128``; column ``c`` owns bit ``c % 32`` of word ``(c % 128) // 32``;
     ``z = 1 - 2 * bit``. Equal on every backend.
 
 Rounding bits
-    Sixteen bits an element: counter word 0 is ``(c // 512) * 64 + c % 64``, word ``(c % 256) // 64``,
-    low half for even ``c // 256``, high half for odd. Equal on every backend.
+    Sixteen bits an element: counter word 0 is ``(c // 512) * 64 + c % 64``, word
+    ``(c % 256) // 64``, low half for even ``c // 256``, high half for odd. Equal on every backend.
 
 Derived seeds
     ``derive_seed(root, a, b)`` is words 0 and 1 (low first) of
-    ``Philox(counter=(a mod 2**32, a >> 32, b, 3), key=root)``: for one root no two ``(a, b)`` share a
-    128-bit output block.
+    ``Philox(counter=(a mod 2**32, a >> 32, b, 3), key=root)``: for one root no two ``(a, b)`` share
+    a 128-bit output block.
 
 A change of any number drawn is a new :data:`CONTRACT_VERSION`; files and messages carry it and a
 reader refuses one it does not know.
@@ -104,8 +104,8 @@ def parameter_ids(names: Iterable[str]) -> dict[str, int]:
         pid = parameter_id(name)
         if pid in owner and owner[pid] != name:
             raise ValueError(
-                f"parameters {owner[pid]!r} and {name!r} share the id {pid:#010x}, so they would get "
-                f"the same noise: rename one of them"
+                f"parameters {owner[pid]!r} and {name!r} share the id {pid:#010x}, so they would "
+                f"get the same noise: rename one of them"
             )
         owner[pid] = name
         ids[name] = pid
@@ -292,10 +292,10 @@ def round_to(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tenso
 
     bfloat16: the bits are added to the float32 bit pattern and the low half is dropped, so a value
     goes to its upper neighbour (in magnitude) with probability equal to its distance from the lower
-    one. float16: the upper 13 of the 16 bits do the same above ``2**-14``; below, where float16 is a
-    fixed grid of ``2**-24``, the value is moved by ``(bits >> 3) * 2**-37`` and rounded down in
-    magnitude (13 bits, so that the sum is exact in float32 for every value of the grid).
-    Values beyond the largest finite number become infinite; NaN and infinities stay.
+    one. float16: the upper 13 of the 16 bits do the same above ``2**-14``; below, where float16 is
+    a fixed grid of ``2**-24``, the value is moved by ``(bits >> 3) * 2**-37`` and rounded down in
+    magnitude (13 bits, so that the sum is exact in float32 for every value of the grid). Values
+    beyond the largest finite number become infinite; NaN and infinities stay.
 
     Args:
         x: float32.

@@ -1,7 +1,8 @@
 """Every op in plain torch: the executable specification and the universal fallback.
 
-Each function takes its op's positional arguments (:mod:`zokernels._ops`) and runs on any device that
-has int64 and float64. Rows go in chunks so that the noise of a huge parameter is never held whole.
+Each function takes its op's positional arguments (:mod:`zokernels._ops`) and runs on any device
+that has int64 and float64. Rows go in chunks so that the noise of a huge parameter is never held
+whole.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from zokernels import noise
 
-# Elements of noise drawn at once. The generator's int64 and float64 temporaries cost about 100 bytes
-# an element.
+# Elements of noise drawn at once. The generator's int64 and float64 temporaries cost about 100
+# bytes an element.
 CHUNK = 1 << 18
 
 
@@ -194,7 +195,8 @@ def embedding(
 ) -> Tensor:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= w.shape[0]):
         raise IndexError(
-            f"ids must be in [0, {w.shape[0]}); got values from {int(ids.min())} to {int(ids.max())}"
+            f"ids must be in [0, {w.shape[0]}); got values from {int(ids.min())} to "
+            f"{int(ids.max())}"
         )
     branches = coeffs.shape[0]
     used, where = torch.unique(ids, return_inverse=True)
