@@ -578,7 +578,7 @@ def test_peak_sees_what_is_freed_again() -> None:
 
 def test_archives_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = io.BytesIO()
-    rows = [f"{i}\t{2.0 if i % 2 else -2.0}\tsentence {i}" for i in range(2000)]
+    rows = [f"{i}\t{2.0 if i % 2 else -2.0}\tsentence {i}" for i in range(3000)]
     table = "\n".join([*rows, "x\t0.5\tneutral", "y\t2.0\tsentence 1"]).encode()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
         info = tarfile.TarInfo(assets._TABLE)
@@ -601,10 +601,10 @@ def test_archives_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     texts = {part: [r["sentence"] for r in data_.read(str(path))] for part, path in parts.items()}
     assert {part: len(rows) for part, rows in texts.items()} == {
         "train": 400,
-        "validation": 600,
+        "validation": 1600,
         "test": 1000,
     }
-    assert len({t for rows in texts.values() for t in rows}) == 2000
+    assert len({t for rows in texts.values() for t in rows}) == 3000
     with pytest.raises(UserError, match="no regular file"):
         assets.tar_member(io.BytesIO(inner.getvalue()), "link")
     with pytest.raises(UserError, match=r"holds no \.\./x"):

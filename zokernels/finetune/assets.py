@@ -66,7 +66,7 @@ _TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 # Sentences rated between -1 and 1 (of -4 to 4) are left out as neither positive nor negative.
 NEUTRAL = 1.0
-TEST_SIZE, VALIDATION_SIZE = 1000, 600
+VALIDATION_SIZE, TEST_SIZE = 1600, 1000
 
 
 def cache_folder(asked: str | None = None) -> Path:
@@ -168,8 +168,8 @@ def reviews(folder: Path, log: Log = print) -> dict[str, Path]:
     """CSV files ``train``, ``validation`` and ``test`` of sentences with labels 0 and 1.
 
     Sentences are deduplicated, neutral ones left out, and ordered by the SHA-256 of their text, so
-    the split depends on nothing else: the first 1000 are the test split, the next 600 the
-    validation split.
+    the split depends on nothing else: the first 1600 are the validation split, the last 1000 the
+    test split.
     """
     paths = {part: folder / f"reviews-{part}.csv" for part in ("train", "validation", "test")}
     if all(path.is_file() for path in paths.values()):
@@ -182,11 +182,10 @@ def reviews(folder: Path, log: Log = print) -> dict[str, Path]:
         if abs(float(rating)) >= NEUTRAL:
             rows.setdefault(text.strip(), int(float(rating) > 0))
     ordered = sorted(rows.items(), key=lambda row: hashlib.sha256(row[0].encode()).hexdigest())
-    split = TEST_SIZE + VALIDATION_SIZE
     parts = {
-        "test": ordered[:TEST_SIZE],
-        "validation": ordered[TEST_SIZE:split],
-        "train": ordered[split:],
+        "validation": ordered[:VALIDATION_SIZE],
+        "train": ordered[VALIDATION_SIZE:-TEST_SIZE],
+        "test": ordered[-TEST_SIZE:],
     }
     for part, chosen in parts.items():
         partial = paths[part].with_suffix(".part")

@@ -1,17 +1,18 @@
 """The demo: a configuration like any other, on a real model and real text.
 
-SmolLM2-135M-Instruct judges movie-review sentences by the word it expects after
-``Sentiment:``. The scale of the model's last normalisation moves (576 numbers); everything below it is
-the same for all probes of a step, so a stacked step of 32 directions costs one forward pass where a
-loop costs 64.
+SmolLM2-135M-Instruct judges movie-review sentences by the word it expects after ``Sentiment:``. The
+scale of the model's last normalisation moves (576 numbers). Everything below it is the same for all
+probes of a step, so a stacked step of 32 directions costs one forward pass where a loop costs 64.
 
-How the settings were found: on the validation split, never the test split that the demo reports. Of
-four prompts the one whose untrained accuracy was best was taken (0.82 on 400 sentences; MeZO's own
-``It was`` terrible/great: 0.53, and the largest gain would have been the easiest). Moving all weights
-or the norms of the last layers took more steps than five minutes allow. Learning rates 0.1 to 10,
-batches 8 to 64, 8 to 64 directions, Gaussian and Rademacher directions, momentum and three schedules
-were tried with 4 to 12 seeds each: 50 steps at these settings gave 0.846 (standard deviation over 12
-seeds 0.006) from 0.790 on the validation split. Rates above 8 are unstable.
+How the settings were found: on the validation split; the test split, which the demo reports, was
+looked at for none of it. Of six prompts the one with the best untrained accuracy was taken (0.815
+on 400 sentences; MeZO's own ``It was`` terrible/great: 0.525, and most to gain). Moving all weights
+or the norms inside the last layers took more steps than five minutes allow. Learning rates 0.1 to
+10, batches 8 to 32, 16 to 64 directions, Gaussian and Rademacher directions, momentum and two
+schedules were tried with 4 to 12 seeds each: 50 steps at these settings took accuracy on 600 other
+sentences from 0.790 to 0.840 and loss from 0.451 to 0.417 (standard deviations over 12 seeds 0.007
+and 0.007). Batch 16 at rate 6 takes twice as long and goes to 0.846 and 0.408; rates from 8 on are
+unstable.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ DEMO: dict[str, Any] = {
     "objective": "candidates",
     "trainable": r"regex:^model\.norm\.",
     "steps": 50,
-    "lr": 6.0,
+    "lr": 3.0,
     "eps": 0.1,
-    "batch_size": 16,
+    "batch_size": 8,
     "num_directions": 32,
     "schedule": "linear",
     "max_length": 64,
