@@ -309,3 +309,12 @@ def test_a_bound_model_copies_pickles_and_saves_like_any_other():
         assert [p.name for p in bound.params] == NAMES
         assert zo.bind(model).model is model
     assert zo.bind(twins[0]) is not held
+
+
+def test_a_replaced_module_is_noticed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 2)))
+    binding = zo.bind(model)
+    model[1][0] = nn.Linear(4, 2)
+    with pytest.raises(zo.ModelChangedError, match="module '0' was replaced"):
+        binding.check()
+    assert zo.bind(model) is not binding

@@ -131,6 +131,12 @@ class Binding:
             for name in names
         )
         self.by_name = {p.name: p for p in self.params}
+        # What hangs where in the module tree, to notice an exchanged module.
+        self._children = tuple(
+            (module._modules, key, child)
+            for module in self.model.modules()
+            for key, child in module._modules.items()
+        )
         # Recurrent modules keep a second list of their parameters.
         self.recurrent = tuple(
             m for m in self.model.modules() if isinstance(getattr(m, "_flat_weights", None), list)
@@ -152,6 +158,11 @@ class Binding:
         Raises:
             ModelChangedError: a parameter was replaced, resized, moved or converted.
         """
+        for holder, key, child in self._children:
+            if holder.get(key) is not child:
+                raise ModelChangedError(
+                    f"module {key!r} was replaced after the model was bound: bind the model again"
+                )
         for p in self.params:
             if (
                 p.tensor.shape != p.shape
@@ -163,8 +174,8 @@ class Binding:
                     f"model was bound and is {tuple(p.tensor.shape)} {p.tensor.dtype} on "
                     f"{p.tensor.device} now: bind the model again"
                 )
-            for holder, key in p.places:
-                if holder.get(key) is not p.tensor:
+            for place, key in p.places:
+                if place.get(key) is not p.tensor:
                     raise ModelChangedError(
                         f"parameter {p.name!r} was replaced after the model was bound: bind the "
                         f"model again"

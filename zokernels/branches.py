@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,10 +199,7 @@ class Branches:
                         self.binding, {id(p.tensor): lazy.params[p.name] for p in swapped}
                     )
                     stack.enter_context(torch.no_grad())
-                    # A compiled model runs as it is: Dynamo would trace into the lazy parameters.
-                    # Without Dynamo loaded there is none, and loading it takes a second.
-                    if "torch._dynamo" in sys.modules:
-                        stack.enter_context(torch.compiler.set_stance("force_eager"))
+                    stack.enter_context(_compiled_models_run_eagerly())
                     if memory.low_precision or memory.autocast:
                         stack.enter_context(CompositeOps())
                     yield
@@ -593,6 +591,34 @@ def _swap_flat_weights(binding: Binding, swap: Mapping[int, Tensor]) -> None:
         for i, weight in enumerate(flat):
             if weight is not None and id(weight) in swap:
                 flat[i] = swap[id(weight)]
+
+
+_eager = threading.Lock()
+_eager_users = 0
+_eager_stance: Any = None
+
+
+@contextlib.contextmanager
+def _compiled_models_run_eagerly() -> Iterator[None]:
+    """Keep Dynamo from tracing into lazy parameters.
+
+    The stance is one value for the process, so the first of several evaluations sets it and the last
+    restores it. Where Dynamo is not loaded there is no compiled model, and loading it takes a second.
+    """
+    global _eager_users, _eager_stance
+    with _eager:
+        _eager_users += 1
+        if _eager_users == 1 and "torch._dynamo" in sys.modules:
+            _eager_stance = torch.compiler.set_stance("force_eager")
+            _eager_stance.__enter__()
+    try:
+        yield
+    finally:
+        with _eager:
+            _eager_users -= 1
+            if _eager_users == 0 and _eager_stance is not None:
+                _eager_stance.__exit__(None, None, None)
+                _eager_stance = None
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def loss_of(
 
     Raises:
         TypeError: without ``loss_fn``, ``batch`` is not a mapping. The returned function raises
-            ValueError when the loss is missing or not a scalar.
+            ValueError when the loss is missing or not a scalar, TypeError when it is no float tensor.
     """
     if loss_fn is None and not isinstance(batch, Mapping):
         raise TypeError(
@@ -49,29 +49,35 @@ def loss_of(
         keywords["use_cache"] = False  # a loss needs no key-value cache; transformers keeps one
 
     def loss() -> Tensor:
-        value: Any
         if loss_fn is not None:
-            value = loss_fn(model, batch)
-        else:
-            output = model(**keywords)
-            plain = isinstance(output, Mapping)
-            value = output.get("loss") if plain else getattr(output, "loss", None)
-            if value is None:
-                raise ValueError(
-                    "the model's output has no loss: put labels into the batch, or give a loss_fn"
-                )
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the loss must be a scalar tensor; got {type(value).__name__}")
-        if value.numel() != 1:
+            return scalar(loss_fn(model, batch), "loss_fn")
+        output = model(**keywords)
+        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if value is None:
             raise ValueError(
-                f"the loss must be a scalar; got shape {tuple(value.shape)}: reduce it (mean)"
+                "the model's output has no loss: put labels into the batch, or give a loss_fn"
             )
-        if not value.is_floating_point():
-            raise ValueError(f"the loss must be floating point; got {value.dtype}")
-        scalar: Tensor = value.reshape(())
-        return scalar
+        return scalar(value, "the model's loss")
 
     return loss
+
+
+def scalar(value: Any, source: str) -> Tensor:
+    """A loss as a 0-d tensor.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: more than one element.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{source} must be a tensor, the loss; got {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(
+            f"{source} must be a scalar; got shape {tuple(value.shape)}: reduce it, with mean() say"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{source} must be floating point; got {value.dtype}")
+    return value.reshape(())
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from zokernels._targets import NamedTensors, fp32
 from zokernels.binding import Binding, BoundParameter, bind, unwrap
 from zokernels.branches import Branches
 from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
+from zokernels.losses import loss_of, scalar
 from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
 from zokernels.trajectory import Trajectory, TrajectoryError
 
@@ -391,7 +392,7 @@ class MeZO(torch.optim.Optimizer):
                 raise TypeError("step takes a closure, or a batch and loss_fn, not both")
             if not callable(closure):
                 raise TypeError(f"closure must be callable; got {type(closure).__name__}")
-            return [lambda: _scalar(closure(), "the closure")], True
+            return [lambda: scalar(closure(), "the closure")], True
         if batch is None:
             raise TypeError(
                 "step needs a closure that returns the loss, or a batch: opt.step(lambda: "
@@ -410,18 +411,7 @@ class MeZO(torch.optim.Optimizer):
             if not parts:
                 raise ValueError("step got an empty list of micro-batches")
         model = self._model
-
-        def function(part: Any) -> Callable[[], Tensor]:
-            if loss_fn is not None:
-                return lambda: _scalar(loss_fn(model, part), "loss_fn")
-            if not isinstance(part, Mapping):
-                raise TypeError(
-                    f"without loss_fn a batch must be a mapping of the model's keyword arguments; "
-                    f"got {type(part).__name__}"
-                )
-            return lambda: _model_loss(model, part)
-
-        return [function(part) for part in parts], self.sequential
+        return [loss_of(model, part, loss_fn) for part in parts], self.sequential
 
     def _evaluate(
         self,
@@ -818,28 +808,6 @@ def _named(params: Any, model: nn.Module | None) -> list[tuple[str, Tensor]]:
             )
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
-
-
-def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(
-            "the model's output has no loss: put labels into the batch, or give a loss_fn"
-        )
-    return _scalar(loss, "the model's loss")
-
-
-def _scalar(value: Any, source: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{source} must return a tensor, the loss; got {type(value).__name__}")
-    if value.numel() != 1:
-        raise ValueError(
-            f"{source} must be a scalar; got shape {tuple(value.shape)}: reduce it, with mean() say"
-        )
-    if not value.is_floating_point():
-        raise TypeError(f"{source} must be floating point; got {value.dtype}")
-    return value.reshape(())
 
 
 def _random_state(bound: NamedTensors) -> Callable[[], None]:
