@@ -371,3 +371,14 @@ def test_a_library_of_another_version_is_refused(
     monkeypatch.setattr(_load, constant, 999)
     with pytest.raises(ImportError, match="this package needs 999"):
         _load.native_library("_zokernels_cpu")
+
+
+def test_inference_tensors_are_written() -> None:
+    with torch.inference_mode():
+        p, out = torch.zeros(2, 5), torch.zeros(1, 2, 5)
+    rest = (seeds_of(1), torch.ones(1, 1), PID, 0, 0, "rademacher", "nearest")
+    K["displace_"](out, p, *rest)
+    tail = (seeds_of(1), torch.ones(1), None, None, [PID], [], [], "rademacher", "nearest")
+    K["update_"]([p], *tail)
+    assert torch.equal(out[0], p)
+    assert torch.equal(p.abs(), torch.ones(2, 5))

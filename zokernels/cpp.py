@@ -99,6 +99,11 @@ _library.zokernels_cpu_widen(
 )
 
 
+def _written(tensors: list[Tensor]) -> None:
+    """Tell torch what was written behind its back, as an in-place operator would."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
 def sample(
     rows: int,
     cols: int,
@@ -144,7 +149,7 @@ def displace_(
     if dense is not out:
         out.copy_(dense)
     else:
-        torch.autograd.graph.increment_version(out)
+        _written([out])
 
 
 def displace(
@@ -197,8 +202,7 @@ def update_(
         _DISTRIBUTION[distribution],
         _ROUNDING[rounding],
     )
-    # Written behind torch's back: say so, as an in-place operator would.
-    torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
+    _written(params)
 
 
 def project(
