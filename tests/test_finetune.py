@@ -241,6 +241,9 @@ def test_padded_loss_is_transformers_loss(model_dir: Path, labelled: Path, tmp_p
     with torch.no_grad():
         expected = plain_loss(model, examples)
         assert objective(model, batch).item() == pytest.approx(expected, rel=1e-5)
+        objective.settle(model, batch)
+        assert objective._fused
+        assert objective(model, batch).item() == pytest.approx(expected, rel=1e-5)
     score = evaluate(model, objective, prepared, examples, batch_size=3, device=CPU)
     assert score.loss == pytest.approx(expected, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(expected), rel=1e-5)

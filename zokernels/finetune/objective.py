@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from zokernels.finetune.data import Batch, Example, Prepared, collate
 from zokernels.finetune.models import takes
+from zokernels.losses import causal_lm_loss
 
-Loss = Callable[[nn.Module, Batch], Tensor]
+# Logits of an evaluation batch held at once: 256 MiB in float32.
+_MOST_LOGITS = 1 << 26
 
 
 class Objective:
@@ -33,14 +35,18 @@ class Objective:
         self.fewer = takes(model, "logits_to_keep")
         self.cache = takes(model, "use_cache")
         self._rows = False  # whether the label words' rows of the head are enough
+        self._fused = False  # whether the loss can be had without logits
 
     def settle(self, model: nn.Module, batch: Batch) -> None:
-        """Look, on a batch, whether logits of the label words alone can be had."""
+        """Look, on a batch, whether the loss can be had without the logits of the vocabulary."""
         self._rows = batch.candidates is not None and self._rows_are_enough(model, batch)
+        self._fused = batch.targets is None and self._fuses(model, batch)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch: a scalar."""
         if batch.targets is None:
+            if self._fused:
+                return self._without_logits(model, batch)
             per_token, weight = self.token_losses(model, batch)
             return per_token.sum() / weight.sum()
         if self.objective == "candidates":
@@ -105,6 +111,21 @@ class Objective:
         size = whole.abs().max().item()
         return whole.shape == few.shape and (whole - few).abs().max().item() <= 1e-3 * size
 
+    def _without_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        arguments = self._arguments(batch)
+        arguments.pop("use_cache", None)
+        return causal_lm_loss(model, {**arguments, "labels": batch.labels})
+
+    def _fuses(self, model: nn.Module, batch: Batch) -> bool:
+        with torch.no_grad():
+            per_token, weight = self.token_losses(model, batch)
+            try:
+                value = self._without_logits(model, batch).item()
+            except (ValueError, TypeError, AttributeError):
+                return False
+            expected = (per_token.sum() / weight.sum()).item()
+        return abs(value - expected) <= 1e-2 * abs(expected)
+
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = dict(batch.inputs)
         if not self.positions:
@@ -161,6 +182,10 @@ def evaluate(
     words and the share of examples whose right label scores highest.
     """
     ordered = sorted(examples, key=lambda e: len(e.tokens))
+    if prepared.task != "classify":
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1 << 16)
+        per_example = len(ordered[-1].tokens) * vocabulary
+        batch_size = max(1, min(batch_size, _MOST_LOGITS // per_example))
     sums: list[Tensor] = []
     weights: list[Tensor] = []
     right = 0
