@@ -205,6 +205,50 @@ def test_repeated_evaluations_are_bit_equal_and_independent_of_random_state():
     assert torch.equal(other(lambda: other.binding.model(X)), first)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["opt", "opt_lora"])
+def test_the_default_dtype_does_not_matter(name, default):
+    """``opt_lora`` has a fixed head under the fused loss."""
+    batch = zoo.lm_batch()
+    options: dict[str, Any] = {"seed": 1, "eps": EPS, "loss_fn": zo.causal_lm_loss}
+    want = zo.dual_loss(zoo.build(name), batch, **options)
+    model = zoo.build(name)
+    try:
+        torch.set_default_dtype(default)
+        got = zo.dual_loss(model, batch, **options)
+        z = zo.directions(model, seed=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(loss.dtype == torch.float32 for loss in got)
+    close(torch.stack(got), torch.stack(want))
+    assert all(t.dtype == torch.float32 for t in z.values())
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad, torch.no_grad])
+def test_grad_modes_do_not_matter(context):
+    """Used under one mode first and under another later: what is kept fits both."""
+    model = net()
+    want = torch.stack(at_weights(model, [1], PAIR, lambda: model(X)))
+    br = zo.branches(model, [1], PAIR)
+    for mode in (context, contextlib.nullcontext, context):
+        with mode():
+            got = br(lambda: model(X))
+            with zo.displaced(model, [1], [EPS]):
+                close(model(X).clone(), want[0])
+        close(got.clone(), want)
+    model(X).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+def test_a_displacement_displaces():
+    model = net()
+    terms = zo.Displacement(seeds=[3, 4], coeffs=[0.1, -0.2], distribution="rademacher")
+    with zo.displaced(model, terms):
+        got = model(X)
+    options = {"distribution": "rademacher"}
+    close(got, at_weights(model, [3, 4], [[0.1, -0.2]], lambda: model(X), **options)[0])
+
+
 def test_values_made_from_parameters_alone():
     """A weight norm, a soft prompt, a table lookup by position: no input anywhere near them."""
 

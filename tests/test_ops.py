@@ -195,6 +195,20 @@ def test_no_random_state_and_no_gradient(backend, op, i):
     torch.set_rng_state(state)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("op", "i"), EVERY)
+def test_the_default_dtype_does_not_matter(backend, op, i, default):
+    want, arguments = getattr(ops, op)(*cases()[op][i]), cases()[op][i]
+    try:
+        torch.set_default_dtype(default)
+        got = getattr(ops, op)(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if want is not None:
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 

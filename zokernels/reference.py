@@ -242,9 +242,8 @@ def linear_cross_entropy(
             f"{int(targets[keep].min())} to {int(targets[keep].max())}"
         )
     tokens = targets.numel()
-    top = torch.full((branches, tokens), -torch.inf, device=x.device)
-    total = torch.zeros((branches, tokens), device=x.device)
-    picked = torch.zeros((branches, tokens), device=x.device)
+    top = torch.full((branches, tokens), -torch.inf, dtype=torch.float32, device=x.device)
+    total, picked = torch.zeros_like(top), torch.zeros_like(top)
     # Online logsumexp over chunks of the vocabulary.
     for start, stop in _row_chunks(vocab, max(w.shape[1], tokens)):
         part = None if bias is None else bias[:, start:stop]
