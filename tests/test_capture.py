@@ -108,7 +108,7 @@ def test_errors_name_the_cause() -> None:
     def recurrent(seeds: Tensor) -> Tensor:
         return zo.branches(lstm, seeds, [[0.1], [-0.1]])(lambda: mz.plain_loss(lstm, tokens))
 
-    with pytest.raises(RuntimeError, match="cannot be captured: .*lstm"):
+    with pytest.raises(RuntimeError, match=r"cannot be captured: .*lstm"):
         zo.capture(recurrent, torch.tensor([1]))
 
 

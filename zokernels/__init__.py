@@ -7,8 +7,8 @@
     opt = zo.MeZO(model, lr=1e-6, eps=1e-3)       # a torch.optim.Optimizer
     loss = opt.step(batch)                        # two probes in one stacked forward pass
 
-Underneath: :func:`dual_loss` and :func:`branches` evaluate an unmodified model at displaced copies of
-its weights that never exist; a :class:`Displacement` is a list of seeds and coefficients; a
+Underneath: :func:`dual_loss` and :func:`branches` evaluate an unmodified model at displaced copies
+of its weights that never exist; a :class:`Displacement` is a list of seeds and coefficients; a
 :class:`Trajectory` is a run, and replays bit for bit.
 """
 

@@ -33,7 +33,7 @@ def native_library(name: str) -> ctypes.CDLL:
         raise ImportError(f"{path} does not exist: the native backend was not built; {_REBUILD}")
     try:
         # load_library registers the ops; the second handle reaches the plain C functions.
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(

@@ -1,11 +1,11 @@
 """Evaluate an unmodified model at several displaced copies of its weights that never exist.
 
-Branch ``g`` sees ``W + sum_k C[g, k] z(s_k)`` (:mod:`zokernels.noise`). All branches are evaluated at
-once, as the examples of one ``torch.func.vmap`` in which the moving parameters are lazy
+Branch ``g`` sees ``W + sum_k C[g, k] z(s_k)`` (:mod:`zokernels.noise`). All branches are evaluated
+at once, as the examples of one ``torch.func.vmap`` in which the moving parameters are lazy
 (:mod:`zokernels.lazy`): a linear layer draws its noise once for all branches and reads each weight
-once, everything that no moving parameter has touched yet is computed once, and every other operation
-runs on the stack. Where a model cannot be stacked the branches run one after another, with one warning
-that says why. The weights themselves are never written.
+once, everything that no moving parameter has touched yet is computed once, and every other
+operation runs on the stack. Where a model cannot be stacked the branches run one after another,
+with one warning that says why. The weights themselves are never written.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ _memories: weakref.WeakKeyDictionary[Binding, _Memory] = weakref.WeakKeyDictiona
 class Branches:
     """A model at ``G`` displaced copies of its weights.
 
-    Branch ``g`` of parameter ``p`` is ``W_p + scale_p * sum_k coeffs[g, k] z_p(seeds[k])``, computed
-    in float32 and rounded once to the parameter's dtype (parameters of at most 65536 elements enter
-    norms, biases and arithmetic in float32). Losses of torch.nn.functional are taken in float32.
+    Branch ``g`` of parameter ``p`` is ``W_p + scale_p * sum_k coeffs[g, k] z_p(seeds[k])``,
+    computed in float32 and rounded once to the parameter's dtype (parameters of at most 65536
+    elements enter norms, biases and arithmetic in float32). Losses of torch.nn.functional are taken
+    in float32.
 
     Args:
         model: any module, or a :class:`~zokernels.Binding`.
@@ -166,7 +167,7 @@ class Branches:
         with self._active(self._memory(), self.coeffs[branch : branch + 1]):
             yield
 
-    # --- how ------------------------------------------------------------------------------------------
+    # --- how --------------------------------------------------------------------------------------
 
     def _memory(self) -> _Memory:
         memory = _memories.get(self.binding)
@@ -229,7 +230,8 @@ class Branches:
             layout[:] = [leaves, spec]
             return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
-        # Attention on CPU has no batching rule and loops over the branches, which costs nothing here.
+        # Attention on CPU has no batching rule and loops over the branches, which costs
+        # nothing here.
         _warn_of_loops(False)
         try:
             with self._active(memory, self.coeffs):
@@ -373,7 +375,8 @@ class Branches:
         memory.sequential = reason
         memory.checked = True
         warnings.warn(
-            f"{type(self.binding.model).__name__}: branches run one after another from now on: {reason}",
+            f"{type(self.binding.model).__name__}: branches run one after another from now on: "
+            f"{reason}",
             StackingWarning,
             stacklevel=3,
         )
@@ -387,8 +390,8 @@ class Branches:
         if large and not memory.reported:
             memory.reported = True
             warnings.warn(
-                f"{type(self.binding.model).__name__}: parameters formed whole in an evaluation, because "
-                f"they are used in a way that has no kernel: {', '.join(large[:5])}",
+                f"{type(self.binding.model).__name__}: parameters formed whole in an evaluation, "
+                f"because they are used in a way that has no kernel: {', '.join(large[:5])}",
                 StackingWarning,
                 stacklevel=3,
             )
@@ -516,7 +519,7 @@ def directions(
     return z
 
 
-# --- pieces -----------------------------------------------------------------------------------------------
+# --- pieces ---------------------------------------------------------------------------------------
 
 
 def _as_seeds(seeds: Seeds) -> Tensor:
@@ -562,8 +565,8 @@ def _flatten(value: Any) -> tuple[list[Any], Any]:
     for leaf in leaves:
         if not (leaf is None or isinstance(leaf, (Tensor, bool, int, float, str))):
             raise TypeError(
-                f"the evaluated function must return tensors, alone or in tuples, lists, dicts or model "
-                f"outputs; got a {type(leaf).__name__}"
+                f"the evaluated function must return tensors, alone or in tuples, lists, dicts or "
+                f"model outputs; got a {type(leaf).__name__}"
             )
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError(f"the evaluated function must return a tensor; got {type(value).__name__}")
@@ -602,8 +605,9 @@ _eager_stance: Any = None
 def _compiled_models_run_eagerly() -> Iterator[None]:
     """Keep Dynamo from tracing into lazy parameters.
 
-    The stance is one value for the process, so the first of several evaluations sets it and the last
-    restores it. Where Dynamo is not loaded there is no compiled model, and loading it takes a second.
+    The stance is one value for the process, so the first of several evaluations sets it and the
+    last restores it. Where Dynamo is not loaded there is no compiled model, and loading it takes a
+    second.
     """
     global _eager_users, _eager_stance
     with _eager:

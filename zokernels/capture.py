@@ -1,8 +1,9 @@
 """Capture a function of tensors that evaluates branches as one graph, for ``torch.compile``.
 
-Dynamo does not trace the swapping of parameters that :mod:`zokernels.branches` does. ``make_fx`` does
-not need to: it runs the function once and records the ops it ends in, which are torch's and ours, with
-seeds and coefficients as inputs. What comes out is an ordinary graph that ``torch.compile`` takes whole.
+Dynamo does not trace the swapping of parameters that :mod:`zokernels.branches` does. ``make_fx``
+does not need to: it runs the function once and records the ops it ends in, torch's and ours, with
+seeds and coefficients as inputs. What comes out is an ordinary graph that ``torch.compile`` takes
+whole.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ def capture(fn: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
             ...
         fast = torch.compile(zo.capture(step, seeds, coeffs, ids, labels), fullgraph=True)
 
-    The graph reads the parameters where they are, so updates to them are seen; it is valid for these
-    shapes, this train or eval mode and these Python values. ``fn`` runs once, on fake tensors: nothing
-    is computed and nothing is changed. Evaluate the model at branches once before, so that stacking has
-    been checked on real numbers.
+    The graph reads the parameters where they are, so updates to them are seen; it is valid for
+    these shapes, this train or eval mode and these Python values. ``fn`` runs once, on fake
+    tensors: nothing is computed and nothing is changed. Evaluate the model at branches once before,
+    so that stacking has been checked on real numbers.
 
     Args:
-        fn: takes tensors, returns tensors; seeds and coefficients must be among its inputs, as tensors,
-            or they are constants of the graph.
+        fn: takes tensors, returns tensors; seeds and coefficients must be among its inputs,
+            as tensors, or they are constants of the graph.
         example: one tensor per argument.
 
     Raises:
         TypeError: an example is not a tensor.
-        RuntimeError: ``fn`` reads values of its inputs (data-dependent control flow), or the model's
-            branches are not stacked.
+        RuntimeError: ``fn`` reads values of its inputs (data-dependent control flow), or the
+            model's branches are not stacked.
     """
     for i, value in enumerate(example):
         if not isinstance(value, Tensor):

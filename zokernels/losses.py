@@ -1,7 +1,7 @@
 """Losses: of a batch, as a function; of a language model, without its logits.
 
-For OPT-125M and 2 x 2048 tokens the logits are 823 MB and transformers makes several copies of them;
-here a chunk of the vocabulary exists at a time.
+For OPT-125M and 2 x 2048 tokens the logits are 823 MB and transformers makes several copies of
+them; here a chunk of the vocabulary exists at a time.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def loss_of(
 
     Raises:
         TypeError: without ``loss_fn``, ``batch`` is not a mapping. The returned function raises
-            ValueError when the loss is missing or not a scalar, TypeError when it is no float tensor.
+            ValueError when the loss is missing or not a scalar, TypeError when it is no float
+            tensor.
     """
     if loss_fn is None and not isinstance(batch, Mapping):
         raise TypeError(
-            f"batch must be a mapping of the model's keyword arguments when there is no loss_fn; got "
-            f"{type(batch).__name__}"
+            f"batch must be a mapping of the model's keyword arguments when there is no loss_fn; "
+            f"got {type(batch).__name__}"
         )
 
     keywords = dict(batch) if loss_fn is None else {}
@@ -152,13 +153,13 @@ def linear_cross_entropy(
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of a transformers causal language model, equal to ``model(**batch).loss``, no logits.
+    """The loss of a transformers causal language model, ``model(**batch).loss``, without logits.
 
     A ``loss_fn`` for :meth:`zokernels.MeZO.step` and :func:`zokernels.dual_loss`.
 
     Args:
-        model: a ``...ForCausalLM`` model whose logits are a linear layer of the last hidden state; a
-            peft model of one.
+        model: a ``...ForCausalLM`` model whose logits are a linear layer of the last hidden
+            state; a peft model of one.
         batch: its keyword arguments, with ``labels`` ``[batch, tokens]`` (-100 does not count).
 
     Returns:

@@ -29,8 +29,8 @@ _LOSSES = frozenset(
 class CompositeOps(TorchFunctionMode):
     """Losses in float32; attention in autocast's dtype.
 
-    For low-precision models the losses are taken in float32 without autocast too: a bfloat16 loss near
-    4 has steps of 0.03, more than two probes differ by.
+    For low-precision models the losses are taken in float32 without autocast too: a bfloat16 loss
+    near 4 has steps of 0.03, more than two probes differ by.
     """
 
     def __torch_function__(

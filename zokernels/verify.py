@@ -66,8 +66,8 @@ def has_nan(result: Any) -> bool:
 def poisoned(params: Sequence[BoundParameter]) -> Iterator[None]:
     """Parameters read NaN for a while, at the cost of one element each.
 
-    While a model is evaluated its module tree holds stand-ins, so the parameters themselves must not
-    matter; what reads them anyway (a list made earlier) gets NaN.
+    While a model is evaluated its module tree holds stand-ins, so the parameters themselves must
+    not matter; what reads them anyway (a list made earlier) gets NaN.
     """
     kept = [p.tensor.data for p in params]
     try:

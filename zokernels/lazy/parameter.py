@@ -1,4 +1,4 @@
-"""Lazily displaced parameters: tensors that stand for ``W + sum_k C[g, k] z(s_k)`` and are never formed.
+"""Lazily displaced parameters: tensors that stand for ``W + sum_k C[g, k] z(s_k)``, never formed.
 
 While a model is evaluated at branches, every moving parameter is replaced by a
 :class:`LazyParameter`. It has the shape, dtype and device of the parameter and no data.
@@ -7,8 +7,9 @@ While a model is evaluated at branches, every moving parameter is replaced by a
 formed for that call and counted.
 
 Branches are the examples of one ``torch.func.vmap``. A handler therefore takes the physical
-``[G, ...]`` tensor out of vmap's wrapper, calls the multi-branch op, and puts the wrapper back. Rules
-registered with ``torch.library.register_vmap`` would do the same for 66 us a call; by hand it is 2 us.
+``[G, ...]`` tensor out of vmap's wrapper, calls the multi-branch op, and puts the wrapper back.
+Rules registered with ``torch.library.register_vmap`` would do the same for 66 us a call; by hand it
+is 2 us.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class State:
         return lifted
 
     def lower(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Physical tensor of ``x`` and whether all branches share it (it has no branch dimension)."""
+        """Physical tensor of ``x``, and whether all branches share it (no branch dimension)."""
         if self.level is None or (level := functorch.maybe_get_level(x)) == -1:
             return x, True
         if level != self.level or (dim := functorch.maybe_get_bdim(x)) == -1:
@@ -273,8 +274,8 @@ class Lazy:
     def follow(self, binding: Binding) -> None:
         """Renew the stand-ins of parameters that changed storage or layout (``p.data = ...``).
 
-        A parameter that cannot be viewed as its matrix (a channels-last convolution) is copied, so its
-        stand-in is renewed every time.
+        A parameter that cannot be viewed as its matrix (a channels-last convolution) is copied, so
+        its stand-in is renewed every time.
         """
         for p in binding.params:
             layout = (p.tensor.data_ptr(), p.tensor.stride())
@@ -304,9 +305,10 @@ def no_derivative(handler: Handler) -> Handler:
     def guarded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tracked = torch.is_grad_enabled() or forward_ad._current_level >= 0
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and not isinstance(value, LazyParameter):
-                if functorch.is_gradtrackingtensor(value) or (tracked and _has_derivative(value)):
-                    return NotImplemented
+            if not isinstance(value, Tensor) or isinstance(value, LazyParameter):
+                continue
+            if functorch.is_gradtrackingtensor(value) or (tracked and _has_derivative(value)):
+                return NotImplemented
         return handler(func, args, kwargs)
 
     return guarded
@@ -327,7 +329,8 @@ def _generic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         and isinstance(args[0], LazyParameter)
     ):
         raise RuntimeError(
-            f"{name} changes parameter {args[0].parameter!r} in place inside an evaluation at branches"
+            f"{name} changes parameter {args[0].parameter!r} in place inside an evaluation at "
+            f"branches"
         )
 
     def form(lazy: LazyParameter) -> Tensor:

@@ -151,7 +151,7 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @handles(F.grouped_mm, torch._grouped_mm)
 @no_derivative
 def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Tokens sorted by expert, ``[S, in]``, times expert weights ``[E, in, out]``, one expert at a time."""
+    """Tokens sorted by expert ``[S, in]`` times expert weights ``[E, in, out]``, one by one."""
 
     def call(
         x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None

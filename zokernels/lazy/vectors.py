@@ -93,8 +93,8 @@ _ARITHMETIC = [
     getattr(holder, name)
     for holder in (torch, Tensor)
     for name in (
-        "add mul sub div multiply subtract divide true_divide rsub __add__ __radd__ __mul__ __rmul__ "
-        "__sub__ __rsub__ __truediv__ __rtruediv__ __rdiv__ __div__"
+        "add mul sub div multiply subtract divide true_divide rsub __add__ __radd__ __mul__ "
+        "__rmul__ __sub__ __rsub__ __truediv__ __rtruediv__ __rdiv__ __div__"
     ).split()
     if hasattr(holder, name)
 ]

@@ -19,16 +19,17 @@ def _metadata(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 for _name in (
     "shape dtype device ndim is_cuda is_cpu is_meta is_sparse is_quantized is_nested layout names "
-    "requires_grad grad grad_fn is_leaf itemsize nbytes is_xpu is_mps is_mkldnn is_xla is_hpu is_ipu "
-    "is_vulkan is_maia is_sparse_csr _backward_hooks _version output_nr retains_grad name"
+    "requires_grad grad grad_fn is_leaf itemsize nbytes is_xpu is_mps is_mkldnn is_xla is_hpu "
+    "is_ipu is_vulkan is_maia is_sparse_csr _backward_hooks _version output_nr retains_grad name"
 ).split():
     if isinstance(getattr(Tensor, _name, None), property) or hasattr(
         getattr(Tensor, _name, None), "__get__"
     ):
         HANDLERS[getattr(Tensor, _name).__get__] = _metadata
 for _name in (
-    "size dim stride numel nelement element_size is_floating_point is_complex is_signed is_contiguous "
-    "storage_offset get_device __len__ __hash__ ndimension is_shared is_inference has_names "
+    "size dim stride numel nelement element_size is_floating_point is_complex is_signed "
+    "is_contiguous storage_offset get_device __len__ __hash__ ndimension is_shared "
+    "is_inference has_names "
     "is_same_size __format__ __repr__"
 ).split():
     if hasattr(Tensor, _name):
