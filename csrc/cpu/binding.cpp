@@ -144,7 +144,7 @@ void parallel_tasks(int64_t count, const Fn& fn) {
 // goes with its thread. Blocks above the kept size are released at the end of the call.
 class Scratch {
  public:
-  static constexpr size_t kKept = size_t{8} << 20;
+  static constexpr size_t kKept = size_t{16} << 20;
   ~Scratch() { release(); }
   char* get(size_t bytes) {
     if (bytes > size_) {
@@ -406,8 +406,11 @@ struct Product {
     const int64_t unit = transposed ? 256 : 16;
     const int64_t per_output = std::max<int64_t>(1, branches * fan_in * dtype_size(compute));
     const int64_t least = std::max(unit, tile_rows_min.load());
-    const int64_t most = compute == DType::f32 ? 256 : 512;
-    int64_t rows = std::max(least, std::min(most, tile_bytes.load() / per_output));
+    // Many tokens: every tile reads the activations again, so tiles are larger.
+    const bool many = tokens >= kLeastBlock;
+    const int64_t most = many ? 1024 : compute == DType::f32 ? 256 : 512;
+    const int64_t bytes = tile_bytes.load() * (many ? 2 : 1);
+    int64_t rows = std::max(least, std::min(most, bytes / per_output));
     Plan plan{};
     plan.blocks = 1;
     const int64_t share = (fan_out + threads - 1) / threads;
