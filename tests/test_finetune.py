@@ -363,8 +363,10 @@ def test_a_run_learns_and_leaves_its_folder(
     report.picture(summary, out / train.PICTURE)
     assert (out / train.PICTURE).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed = io.StringIO()
-    report.show(summary, Console(file=printed, width=120))
-    assert "mean ± s.e. over seeds" in printed.getvalue()
+    report.show(summary, Console(file=printed, width=80))
+    seeds = f"over {len(summary.runs)} seeds (better by more than its standard error)"
+    assert f"held-out loss {-mean:+.4f} ± {error:.4f} {seeds}" in printed.getvalue()
+    assert f"{summary.runs[1].after.loss:.4f} ± " in printed.getvalue()
     saved = json.loads((out / train.SUMMARY).read_text())
     assert saved["improvement"]["loss"]["mean"] == mean
     assert len(saved["runs"]) == 2 and len(saved["runs"][0]["curve"]) == 80

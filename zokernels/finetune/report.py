@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zokernels.finetune.objective import Score
@@ -69,51 +70,56 @@ def show(summary: Summary, console: Console) -> None:
     """Print before and after per seed, the improvement, time and memory."""
     config, before = summary.config, summary.before
     accuracy = before.accuracy is not None
-    console.print(
+    say(
+        console,
         f"{summary.trainable_parameters:,} of {summary.parameters:,} parameters moved "
         f"({config.trainable}), {config.steps} steps, batch {config.batch_size}, "
         f"{config.num_directions} {config.distribution} direction"
         f"{'s' if config.num_directions > 1 else ''} a step, lr {config.lr:g} ({config.schedule}), "
         f"eps {config.eps:g}",
-        highlight=False,
-        soft_wrap=True,
     )
-    table = Table(title=f"Held out: {before.examples} examples", box=box.SIMPLE_HEAD)
-    for name in ("", "loss before", "loss after"):
-        table.add_column(name, justify="right" if name else "left")
-    if accuracy:
-        table.add_column("accuracy before", justify="right")
-        table.add_column("accuracy after", justify="right")
-    else:
-        table.add_column("perplexity before", justify="right")
-        table.add_column("perplexity after", justify="right")
+    several = len(summary.runs) > 1
+    spread = "over the examples; last row: over the seeds" if several else "over the examples"
+    table = Table(
+        title=f"Held out: {before.examples} examples (± standard error {spread})",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("loss", "accuracy" if accuracy else "perplexity"):
+        for when in ("before", "after"):
+            table.add_column(f"{name} {when}", justify="right", no_wrap=True)
     for run in summary.runs:
         table.add_row(f"seed {run.seed}", *_cells(before, run.after))
-    if len(summary.runs) > 1:
+    if several:
         table.add_section()
         loss, loss_se = summary.spread([run.after.loss for run in summary.runs])
         cells = [f"{before.loss:.4f}", _plus_minus(loss, loss_se)]
         if accuracy:
             right, right_se = summary.spread([r.after.accuracy or 0.0 for r in summary.runs])
-            cells += [f"{before.accuracy:.4f}", _plus_minus(right, right_se)]
+            cells += [f"{before.accuracy:.3f}", _plus_minus(right, right_se, 3)]
         else:
             perplexity, error = summary.spread([r.after.perplexity for r in summary.runs])
-            cells += [f"{before.perplexity:.3f}", _plus_minus(perplexity, error, 3)]
-        table.add_row("mean ± s.e. over seeds", *cells)
+            cells += [f"{before.perplexity:.2f}", _plus_minus(perplexity, error, 2)]
+        table.add_row("mean", *cells)
     console.print(table)
-    console.print(_verdict(summary), highlight=False, soft_wrap=True)
+    say(console, _verdict(summary))
     if summary.comparisons:
         console.print(_beside_mezo(summary))
     for line in _costs(summary):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: not wrapped, brackets no markup."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _cells(before: Score, after: Score) -> list[str]:
     cells = [_plus_minus(before.loss, before.loss_se), _plus_minus(after.loss, after.loss_se)]
     if before.accuracy is not None:
-        cells += [_plus_minus(s.accuracy or 0.0, s.accuracy_se) for s in (before, after)]
+        cells += [_plus_minus(s.accuracy or 0.0, s.accuracy_se, 3) for s in (before, after)]
     else:
-        cells += [f"{s.perplexity:.3f}" for s in (before, after)]
+        cells += [f"{s.perplexity:.2f}" for s in (before, after)]
     return cells
 
 
@@ -174,7 +180,7 @@ def _beside_mezo(summary: Summary) -> Table:
         table.add_column(name, justify="right")
     for row in summary.comparisons:
         table.add_row(
-            row.what,
+            escape(row.what),
             f"{row.parameters:,}",
             str(row.directions),
             f"{1e3 * row.ours:,.0f} ms",

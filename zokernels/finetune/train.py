@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -631,8 +632,11 @@ def _warnings_to(console: Console) -> Iterator[None]:
     """Warnings above the progress bar, one line each."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        console.print(f"[yellow]{category.__name__}[/]: {message}", highlight=False)
+        text = escape(str(message))
+        console.print(f"[yellow]{category.__name__}[/]: {text}", highlight=False, soft_wrap=True)
 
     with warnings.catch_warnings():
+        # Libraries' notes to each other are not the user's concern.
+        warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.showwarning = show
         yield
