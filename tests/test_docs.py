@@ -58,6 +58,11 @@ def namespace() -> dict[str, Any]:
         "model": model,
         "fresh_model": zoo.build("opt"),
         "batch": batch,
+        "prompt": {
+            "input_ids": batch["input_ids"][:, :4],
+            "max_new_tokens": 3,
+            "pad_token_id": 0,
+        },
         "batch1": batch,
         "batch2": batch,
         "loader": [batch, batch],
