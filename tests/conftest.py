@@ -1,7 +1,7 @@
 """Shared fixtures: which backends are under test, and poisoned memory.
 
-``ZOKERNELS_TEST_REQUIRE=reference,cpp`` names backends that must be usable: a run without one of
-them stops with an error instead of passing on what is left.
+``ZOKERNELS_TEST_REQUIRE`` names the backends that must be usable, ``reference,cpp`` by default: a
+run without one of them stops with an error instead of passing on what is left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ settings.load_profile("zokernels")
 
 REQUIRED = [
     name.strip()
-    for name in os.environ.get("ZOKERNELS_TEST_REQUIRE", "reference").split(",")
+    for name in os.environ.get("ZOKERNELS_TEST_REQUIRE", "reference,cpp").split(",")
     if name.strip()
 ]
 
