@@ -230,7 +230,11 @@ def plain_loss(model: nn.Module, examples: list[data_.Example]) -> float:
     return total / tokens
 
 
-def test_padded_loss_is_transformers_loss(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_padded_loss_is_transformers_loss(
+    architecture: str, labelled: Path, tmp_path: Path
+) -> None:
+    model_dir = tiny_lm.save(tmp_path / "model", architecture)
     config = configuration(model_dir, labelled, tmp_path / "out", prompt_column="prompt")
     prepared = data_.prepare(config, load_tokenizer(str(model_dir)))
     model = load_model(config, 0)
@@ -414,7 +418,7 @@ def test_resume_is_bit_for_bit(
     def breaks(self: Any, *args: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 8:
+        if calls == 9:
             raise KeyboardInterrupt
         real(self, *args)
 
@@ -425,7 +429,7 @@ def test_resume_is_bit_for_bit(
     # Worse than an interrupt: the last checkpoint is older than the journal, whose end is torn.
     checkpoint = tmp_path / "broken/seed-0" / train.CHECKPOINT
     state = json.loads(checkpoint.read_text())
-    assert state["optimizer"]["mezo"]["step"] == 7
+    assert state["optimizer"]["mezo"]["step"] == 8
     with (tmp_path / "broken/seed-0" / train.JOURNAL).open("ab") as journal:
         journal.write(b"torn")
     resumed = run("broken", resume=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 # Two label words of one token each (a space becomes Ġ), so that both ways of scoring are used.
@@ -24,26 +24,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, architecture: str = "llama") -> Path:
     """Write the model and its tokenizer; the weights are the same every time."""
     words = tokenizer()
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=len(words),
         hidden_size=16,
+        word_embed_proj_dim=16,
         intermediate_size=32,
+        ffn_dim=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.2,
+        init_std=0.2,
         eos_token_id=0,
         pad_token_id=0,
         bos_token_id=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

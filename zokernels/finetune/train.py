@@ -312,10 +312,16 @@ class _Trainer:
 
     def _steps(self, optimizer: MeZO, metrics: Any, history: _History, task: TaskID) -> None:
         config = self.config
-        while optimizer.num_steps < config.steps:
+        while (done := optimizer.num_steps) < config.steps:
             stop = config.steps
             if config.eval_every:
-                stop = min(stop, (optimizer.num_steps // config.eval_every + 1) * config.eval_every)
+                stop = min(stop, (done // config.eval_every + 1) * config.eval_every)
+                scored = {step for step, _ in history.evaluations}
+                if done and done % config.eval_every == 0 and done not in scored:
+                    score = self.score(f"seed {self.seed}: held-out")
+                    history.evaluations.append((done, score))
+                    _line(metrics, {"step": done - 1, **_held_out(score)})
+                    self._checkpoint(optimizer, history)
             with Peak(self.device) as peak:
                 while optimizer.num_steps < stop:
                     self._one(optimizer, metrics, history, task)
@@ -323,11 +329,6 @@ class _Trainer:
                         self._checkpoint(optimizer, history)
             history.before = history.before or peak.before
             history.peak = max(history.peak, peak.peak)
-            if optimizer.num_steps < config.steps:
-                score = self.score(f"seed {self.seed}: held-out")
-                history.evaluations.append((optimizer.num_steps, score))
-                _line(metrics, {"step": optimizer.num_steps - 1, **_held_out(score)})
-                self._checkpoint(optimizer, history)
 
     def _one(self, optimizer: MeZO, metrics: Any, history: _History, task: TaskID) -> None:
         config, step = self.config, optimizer.num_steps
@@ -368,6 +369,8 @@ class _Trainer:
     # --- going on ---------------------------------------------------------------------------------
 
     def _checkpoint(self, optimizer: MeZO, history: _History) -> None:
+        if len(history.curve) != optimizer.num_steps:
+            return  # interrupted between a step and its entry: the checkpoint before stays
         state = {
             "optimizer": optimizer.state_dict(),
             "history": dataclasses.asdict(history),
