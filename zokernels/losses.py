@@ -141,7 +141,7 @@ def linear_cross_entropy(
         None if bias is None else bias.detach()[None].expand(count, -1),
         targets,
         torch.empty(0, dtype=torch.int64, device=weight.device),
-        torch.empty((count, 0), device=weight.device),
+        torch.empty((count, 0), dtype=torch.float32, device=weight.device),
         0,
         0,
         0,

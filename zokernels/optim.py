@@ -840,7 +840,7 @@ def _displaced_storage(
             p.tensor.data = torch.ops.zokernels.displace(
                 data.reshape(p.matrix),
                 torch.tensor(seeds, dtype=torch.int64, device=p.device),
-                torch.tensor([[c * factor for c in coeffs]], device=p.device),
+                torch.tensor([[c * factor for c in coeffs]], dtype=torch.float32, device=p.device),
                 p.id,
                 0,
                 0,
