@@ -121,7 +121,7 @@ def main(
     axes[0].set_yscale("symlog", linthresh=1e-8)
     axes[0].set_xlabel("steps with lr = 0")
     axes[0].set_ylabel("relative L2 distance from the start")
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.02, 0.5))
     plots.save(figure, path)
     console.print(f"results: {path}")
     ours = [r for r in rows if r["case"] == "zokernels" and r["drift"] != 0.0]
