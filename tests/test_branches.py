@@ -10,6 +10,7 @@ import contextlib
 import gc
 import math
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -385,6 +386,92 @@ def test_common_uses_stack(use):
     with warnings.catch_warnings():
         warnings.simplefilter("error", zo.StackingWarning)
         zo.branches(model, [6], [[0.3], [-0.3]], sequential=False)(lambda: model(X))
+
+
+WIDTH, STEPS = 6, 5
+
+
+class Gate(nn.Module):
+    """Bare parameters, elementwise: one of them a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(WIDTH))
+        self.b = nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.w.exp() * 0.5 + self.b.tanh()
+
+
+class Shared(nn.Module):
+    """One weight used twice, once transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.f(x)) * F.linear(x, self.f.weight.t(), self.f.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x, x, x, need_weights=False)[0]
+
+
+PIECES = [
+    lambda: nn.Linear(WIDTH, WIDTH),
+    lambda: nn.Linear(WIDTH, WIDTH, bias=False),
+    lambda: nn.LayerNorm(WIDTH),
+    lambda: nn.LayerNorm(WIDTH, bias=False),
+    lambda: nn.RMSNorm(WIDTH),
+    lambda: nn.GELU(),
+    lambda: nn.Softmax(-1),
+    lambda: nn.Dropout(0.3),
+    lambda: nn.Conv1d(STEPS, STEPS, 3, padding=1),
+    lambda: nn.Conv1d(STEPS, STEPS, 3, padding=1, groups=STEPS),
+    lambda: nn.BatchNorm1d(STEPS),
+    lambda: nn.GroupNorm(STEPS, STEPS),
+    Gate,
+    Shared,
+    Attention,
+]
+
+
+@pytest.mark.filterwarnings("ignore::zokernels.StackingWarning")
+@pytest.mark.parametrize("number", range(32))
+def test_random_networks(number):
+    """Random pieces, selections, tables and modes: stacked, one by one and in place agree."""
+    choose = random.Random(number)
+    torch.manual_seed(number)
+    pieces = [choose.choice(PIECES)() for _ in range(choose.randint(1, 6))]
+    pieces.append(choose.choice([pieces[0], nn.Linear(WIDTH, WIDTH)]))  # tied, now and then
+    if not any(list(piece.parameters()) for piece in pieces):
+        pieces.append(Gate())
+    model = nn.Sequential(*pieces).train(choose.random() < 0.3)
+    parameters = list(model.parameters())
+    for p in parameters[1:]:
+        p.requires_grad_(choose.random() < 0.8)
+    terms, branches = choose.randint(1, 3), choose.randint(1, 4)
+    seeds = [choose.randrange(-(2**63), 2**64) for _ in range(terms)]
+    table = [[choose.gauss(0, 0.1) for _ in range(terms)] for _ in range(branches)]
+    options = {"distribution": choose.choice(["gaussian", "rademacher"])}
+    x = torch.randn(2, STEPS, WIDTH)
+
+    def fn() -> Tensor:
+        torch.manual_seed(77)
+        return model(x)
+
+    before = state_of(model)
+    want = torch.stack(at_weights(model, seeds, table, fn, **options))
+    for sequential in (None, True, None):
+        got = zo.branches(model, seeds, table, sequential=sequential, **options)(fn)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert_untouched(model, before)
 
 
 # --- results --------------------------------------------------------------------------------------
