@@ -226,6 +226,19 @@ def test_products_agree_across_tiles_and_threads() -> None:
         torch.testing.assert_close(loss, loss0, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_threads_than_tiles_split_the_tokens(dtype: torch.dtype) -> None:
+    x, w, bias = rand(2, 1601, 24, dtype=dtype), rand(40, 24, dtype=dtype), rand(2, 40)
+    rest = (seeds_of(1), table(2, 1), PID, 0, 0, "gaussian", False)
+    for weights, transposed in ((w, False), (w.t().contiguous(), True)):
+        one = K["linear"](x, weights, bias, *rest, transposed)
+        torch.set_num_threads(4)
+        several = K["linear"](x, weights, bias, *rest, transposed)
+        torch.set_num_threads(1)
+        scale = torch.finfo(dtype).eps * float(one.abs().max())
+        torch.testing.assert_close(several, one, rtol=0, atol=2 * scale)
+
+
 def test_many_tokens_take_several_blocks() -> None:
     """Beyond 2048 tokens logits and widened results go in blocks."""
     for dtype in (torch.float32, torch.float16):

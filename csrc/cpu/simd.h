@@ -181,7 +181,9 @@ ZK_INLINE void store(T* p, F a, int lo, int hi) {
 }
 ZK_INLINE U bf16_nearest_bits(F a) {
   const U u = bits(a);
-  const U t = u + splat(0x7FFFu) + (shr<16>(u) & splat(1u));
+  const U half = u + splat(0x7FFFu);
+  const U t{_mm512_mask_add_epi32(half.v, _mm512_test_epi32_mask(u.v, splat(0x00010000u).v), half.v,
+                                  splat(1u).v)};
   // NaN: quiet bit set and no carry, so that it stays NaN.
   return {_mm512_mask_or_epi32(t.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), u.v,
                                splat(0x00400000u).v)};
