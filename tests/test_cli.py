@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import zokernels
 from zokernels import _ops, _registry
-from zokernels.cli import app
+from zokernels.cli import app, main
 
 
 def call(*arguments: object) -> Result:
@@ -58,6 +58,30 @@ def test_module_runs_without_a_command() -> None:
         [sys.executable, "-m", "zokernels"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "reference" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "--steps", "many"], "'--steps'"),
+        (["finetune", "--stepz", "1"], "--stepz"),
+        (["finetune", "--model", "m"], "--data is required"),
+        (["tune"], "tune"),
+    ],
+)
+def test_usage_errors_cost_one_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["zokernels", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
 
 
 def test_asked_for_backend_that_cannot_be_had() -> None:

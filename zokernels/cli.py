@@ -405,4 +405,12 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 def main() -> None:
     """Entry point of ``zokernels`` and ``python -m zokernels``."""
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        explain = getattr(error, "format_message", None)  # a usage error: unknown option, no number
+        if explain is None:
+            raise
+        print(f"error: {' '.join(explain().split())}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
