@@ -26,6 +26,7 @@ from zokernels.branches import (
 )
 from zokernels.capture import capture
 from zokernels.displacement import Displacement, UnknownVersionError
+from zokernels.explain import Explanation, explain
 from zokernels.groups import param_groups
 from zokernels.losses import causal_lm_loss, linear_cross_entropy
 from zokernels.noise import CONTRACT_VERSION, derive_seed
@@ -40,6 +41,7 @@ __all__ = [
     "BoundParameter",
     "Branches",
     "Displacement",
+    "Explanation",
     "MeZO",
     "ModelChangedError",
     "NonFiniteLossError",
@@ -56,6 +58,7 @@ __all__ = [
     "directions",
     "displaced",
     "dual_loss",
+    "explain",
     "linear_cross_entropy",
     "param_groups",
     "use_backend",

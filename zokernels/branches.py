@@ -116,6 +116,16 @@ class Branches:
         """G."""
         return self.coeffs.shape[0]
 
+    @property
+    def stacked(self) -> bool:
+        """Whether evaluations of this model are stacked, as far as is known."""
+        return not self.sequential and self._memory().sequential is None
+
+    @property
+    def formed(self) -> dict[str, int]:
+        """How often parameters were formed whole in the last evaluation of this model."""
+        return dict(self._memory().lazy.state.materialised)
+
     def __call__(self, fn: Callable[[], Any]) -> Any:
         """``fn()`` at every branch.
 

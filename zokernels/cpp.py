@@ -24,6 +24,16 @@ _library.zokernels_cpu_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64]
 _library.zokernels_cpu_generate.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int64]
 _library.zokernels_cpu_generate.restype = ctypes.c_float
 
+_library.zokernels_cpu_plan.argtypes = [
+    *[ctypes.c_int64] * 4,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.POINTER(ctypes.c_int64),
+]
+_library.zokernels_cpu_plan.restype = None
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DISTRIBUTION = {"gaussian": 0, "rademacher": 1}
 _ROUNDING = {"nearest": 0, "stochastic": 1}
 
@@ -70,6 +80,23 @@ def set_tile_sizes(*, tile_bytes: int = 4 << 20, min_rows: int = 64) -> None:
     For measurements and tests: results of noise do not depend on it, products may in the last bit.
     """
     _library.zokernels_cpu_tiles(tile_bytes, min_rows)
+
+
+def tile_plan(
+    fan_in: int,
+    fan_out: int,
+    tokens: int,
+    branches: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    threads: int,
+) -> tuple[int, int, int, int]:
+    """Outputs a tile, tiles, token blocks and bytes of a tile, as ``linear`` chooses them."""
+    out = (ctypes.c_int64 * 4)()
+    _library.zokernels_cpu_plan(
+        fan_in, fan_out, tokens, branches, _DTYPE[dtype], int(transposed), threads, out
+    )
+    return out[0], out[1], out[2], out[3]
 
 
 def generate(distribution: str, seed: int, groups: int) -> float:

@@ -28,7 +28,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Raised by zokernels_abi_version() and checked by the loader.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 void check(AOTITorchError error, const char* what) {
   if (error) throw std::runtime_error(std::string("zokernels: torch failed in ") + what);
@@ -292,8 +292,9 @@ void update_(std::vector<Tensor> params, Tensor seeds, Tensor coeffs, std::optio
   if (keys.keys.empty()) return;
   const std::vector<float> c = read_vector<float>(coeffs);
   const std::vector<float> d = decay ? read_vector<float>(*decay) : std::vector<float>();
-  const std::vector<unsigned char> e =
+  std::vector<unsigned char> e =
       ends ? read_vector<unsigned char>(*ends) : std::vector<unsigned char>();
+  if (!e.empty()) e.back() = 1;  // the last term always ends
   const UpdateArgs args{keys.terms(), c.data(), decay ? d.data() : nullptr,
                         ends ? e.data() : nullptr, static_cast<Rounding>(rounding)};
   const Batch batch(params, param_ids, row_offsets, col_offsets, distribution, kPiece);
@@ -363,6 +364,41 @@ bool widened(DType t) {
 constexpr int64_t kTokenBlock = 2048;
 constexpr int64_t kLeastBlock = 512;
 
+// Tasks of a product: outputs in tiles of `rows`, and tokens in blocks where the tiles alone would
+// leave threads idle (the noise of a tile is then drawn once a block, which a block of 512 tokens
+// outweighs twentyfold). Sizes are measured: see csrc/README.md.
+struct Plan {
+  int64_t rows, row_tiles, block, blocks;
+};
+
+Plan plan_tiles(int64_t fan_in, int64_t fan_out, int64_t tokens, int64_t branches, DType compute,
+                bool transposed, int64_t threads) {
+  const int64_t unit = transposed ? 256 : 16;
+  const int64_t per_output = std::max<int64_t>(1, branches * fan_in * dtype_size(compute));
+  const int64_t least = std::max(unit, tile_rows_min.load());
+  // Many tokens: every tile reads the activations again, so tiles are larger.
+  const bool many = tokens >= kLeastBlock;
+  const int64_t most = many ? 1024 : compute == DType::f32 ? 256 : 512;
+  const int64_t bytes = tile_bytes.load() * (many ? 2 : 1);
+  int64_t rows = std::max(least, std::min(most, bytes / per_output));
+  Plan plan{};
+  plan.blocks = 1;
+  const int64_t share = (fan_out + threads - 1) / threads;
+  if (share < rows) {
+    rows = std::max(share, tokens >= 2 * kLeastBlock ? least : unit);
+    const int64_t tiles = (fan_out + rows - 1) / rows;
+    plan.blocks = std::max<int64_t>(1, std::min(threads / tiles, tokens / kLeastBlock));
+  }
+  // A whole number of tiles a thread.
+  int64_t tiles = (fan_out + rows - 1) / rows;
+  if (tiles > threads) tiles = (tiles + threads - 1) / threads * threads;
+  rows = (fan_out + tiles - 1) / tiles;
+  plan.rows = (rows + unit - 1) / unit * unit;
+  plan.row_tiles = (fan_out + plan.rows - 1) / plan.rows;
+  plan.block = (tokens + plan.blocks - 1) / plan.blocks;
+  return plan;
+}
+
 // Everything a product with displaced weights needs.
 struct Product {
   Product(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, const Tensor& seeds,
@@ -396,37 +432,8 @@ struct Product {
     }
   }
 
-  // Tasks of a product: outputs in tiles of `rows`, and tokens in blocks where the tiles alone
-  // would leave threads idle (the noise of a tile is then drawn once a block, which a block of 512
-  // tokens outweighs twentyfold). Sizes are measured: see csrc/README.md.
-  struct Plan {
-    int64_t rows, row_tiles, block, blocks;
-  };
   Plan plan(int64_t threads) const {
-    const int64_t unit = transposed ? 256 : 16;
-    const int64_t per_output = std::max<int64_t>(1, branches * fan_in * dtype_size(compute));
-    const int64_t least = std::max(unit, tile_rows_min.load());
-    // Many tokens: every tile reads the activations again, so tiles are larger.
-    const bool many = tokens >= kLeastBlock;
-    const int64_t most = many ? 1024 : compute == DType::f32 ? 256 : 512;
-    const int64_t bytes = tile_bytes.load() * (many ? 2 : 1);
-    int64_t rows = std::max(least, std::min(most, bytes / per_output));
-    Plan plan{};
-    plan.blocks = 1;
-    const int64_t share = (fan_out + threads - 1) / threads;
-    if (share < rows) {
-      rows = std::max(share, tokens >= 2 * kLeastBlock ? least : unit);
-      const int64_t tiles = (fan_out + rows - 1) / rows;
-      plan.blocks = std::max<int64_t>(1, std::min(threads / tiles, tokens / kLeastBlock));
-    }
-    // A whole number of tiles a thread.
-    int64_t tiles = (fan_out + rows - 1) / rows;
-    if (tiles > threads) tiles = (tiles + threads - 1) / threads * threads;
-    rows = (fan_out + tiles - 1) / tiles;
-    plan.rows = (rows + unit - 1) / unit * unit;
-    plan.row_tiles = (fan_out + plan.rows - 1) / plan.rows;
-    plan.block = (tokens + plan.blocks - 1) / plan.blocks;
-    return plan;
+    return plan_tiles(fan_in, fan_out, tokens, branches, compute, transposed, threads);
   }
 
   Region region(int64_t begin, int64_t end) const {
@@ -472,7 +479,7 @@ struct Product {
 // y is [branches, tokens, fan_out], contiguous, in the dtype of w.
 void linear_tiles(const Product& p, char* y, int64_t threads) {
   const Kernels& k = kernels();
-  const Product::Plan plan = p.plan(threads);
+  const Plan plan = p.plan(threads);
   const int64_t size = dtype_size(p.dtype), compute_size = dtype_size(p.compute);
   parallel_tasks(plan.row_tiles * plan.blocks, [&](int64_t i) {
     const TrimScratch trim;
@@ -710,6 +717,20 @@ __attribute__((visibility("default"))) void zokernels_cpu_widen(int bf16, int f1
 __attribute__((visibility("default"))) void zokernels_cpu_tiles(int64_t bytes, int64_t rows) {
   zk::tile_bytes.store(bytes);
   zk::tile_rows_min.store(rows);
+}
+// out = outputs a tile, tiles, token blocks, bytes of a tile.
+__attribute__((visibility("default"))) void zokernels_cpu_plan(int64_t fan_in, int64_t fan_out,
+                                                               int64_t tokens, int64_t branches,
+                                                               int dtype, int transposed,
+                                                               int64_t threads, int64_t* out) {
+  const auto stored = static_cast<zk::DType>(dtype);
+  const zk::DType compute = zk::widened(stored) ? zk::DType::f32 : stored;
+  const zk::Plan plan =
+      zk::plan_tiles(fan_in, fan_out, tokens, branches, compute, transposed != 0, threads);
+  out[0] = plan.rows;
+  out[1] = plan.row_tiles;
+  out[2] = plan.blocks;
+  out[3] = branches * std::min(plan.rows, fan_out) * fan_in * zk::dtype_size(compute);
 }
 // The bare generator on the calling thread: `groups` times 256 values folded into one.
 __attribute__((visibility("default"))) float zokernels_cpu_generate(int distribution, uint64_t seed,
