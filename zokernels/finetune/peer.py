@@ -122,9 +122,10 @@ def compare(
     lr: float,
     eps: float,
     weight_decay: float = 0.0,
+    several: tuple[int, Callable[[], object]] | None = None,
     seconds: float = 15.0,
     progress: Callable[[], object] = lambda: None,
-) -> Comparison:
+) -> list[Comparison]:
     """Measure our step of one direction and MeZO's in turns; the weights are moved.
 
     Args:
@@ -133,6 +134,8 @@ def compare(
         loss: the same batch's loss at the weights as they are.
         what: name of what moves.
         lr, eps, weight_decay: of MeZO's loop.
+        several: a number of directions and one step of ours with so many: a second row, beside as
+            many times MeZO's loop with one direction.
         seconds: about how long to measure, after one warm-up of each; at least two rounds. When
             that is too short for both variants of MeZO's loop, the one that was faster in its
             warm-up is measured.
@@ -140,6 +143,8 @@ def compare(
     """
     device = next(model.parameters()).device
     steps: dict[str, Callable[[], object]] = {"ours": ours}
+    if several is not None:
+        steps["several"] = several[1]
     for variant in VARIANTS:
         steps[variant] = lambda variant=variant: mezo_step(  # type: ignore[misc]
             model, loss, seed=1, lr=lr, eps=eps, weight_decay=weight_decay, variant=variant
@@ -164,19 +169,25 @@ def compare(
             progress()
     peers = [name for name in VARIANTS if name in steps]
     best = min(peers, key=lambda name: statistics.median(times[name]))
-    return Comparison(
-        what,
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        1,
-        statistics.median(times["ours"]),
-        statistics.median(times[best]),
-        best,
-        statistics.median(m / o for m, o in zip(times[best], times["ours"], strict=True)),
-        rounds,
-        True,
-        peaks["ours"],
-        peaks[best],
-    )
+    moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def row(name: str, directions: int) -> Comparison:
+        pairs = zip(times[best], times[name], strict=True)
+        return Comparison(
+            what,
+            moving,
+            directions,
+            statistics.median(times[name]),
+            directions * statistics.median(times[best]),
+            best,
+            directions * statistics.median(theirs / ours for theirs, ours in pairs),
+            rounds,
+            directions == 1,
+            peaks[name],
+            peaks[best],
+        )
+
+    return [row("ours", 1)] + ([] if several is None else [row("several", several[0])])
 
 
 def drift(model: nn.Module, *, eps: float, steps: int = 10) -> float:

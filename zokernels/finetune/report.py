@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from zokernels.finetune.objective import Score
@@ -27,7 +26,7 @@ def picture(summary: Summary, path: Path) -> None:
     )
     losses = axes[0][0]
     for run in summary.runs:
-        width = max(1, len(run.curve) // 20)
+        width = max(1, len(run.curve) // 5)
         smooth = [
             statistics.mean(run.curve[max(0, i - width + 1) : i + 1]) for i in range(len(run.curve))
         ]
@@ -79,13 +78,13 @@ def show(summary: Summary, console: Console) -> None:
         f"eps {config.eps:g}",
     )
     several = len(summary.runs) > 1
-    spread = "over the examples; last row: over the seeds" if several else "over the examples"
+    spread = "examples; last row: seeds" if several else "examples"
     table = Table(
-        title=f"Held out: {before.examples} examples (± standard error {spread})",
+        title=f"Held out: {before.examples} examples (± standard error over {spread})",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("", no_wrap=True)
-    for name in ("loss", "accuracy" if accuracy else "perplexity"):
+    for name in ("loss", "acc." if accuracy else "perplexity"):
         for when in ("before", "after"):
             table.add_column(f"{name} {when}", justify="right", no_wrap=True)
     for run in summary.runs:
@@ -167,29 +166,33 @@ def _costs(summary: Summary) -> list[str]:
 def _beside_mezo(summary: Summary) -> Table:
     """Time and memory of a step beside MeZO's own loop."""
     first = summary.comparisons[0]
+    caption = f"medians of {first.rounds} rounds or more; the faster variant of MeZO's loop"
+    if any(not row.measured for row in summary.comparisons):
+        caption += "; * one direction's time, times the directions"
     table = Table(
         title="A step beside MeZO's own loop (same model and batch, measured in turns)",
-        caption=f"medians of {first.rounds} rounds or more; the faster of MeZO's variants "
-        f"({first.variant}); * one direction's time, times the directions"
-        if any(not row.measured for row in summary.comparisons)
-        else f"medians; the faster of MeZO's variants ({first.variant})",
+        caption=caption,
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("moving")
-    for name in ("parameters", "directions", "ours", "MeZO", "ratio", "+memory ours", "MeZO"):
-        table.add_column(name, justify="right")
+    table.add_column("moving", no_wrap=True)
+    for name in ("parameters", "dirs", "ours", "MeZO's", "ratio", "+MiB ours", "MeZO's"):
+        table.add_column(name, justify="right", no_wrap=name != "+MiB ours")
     for row in summary.comparisons:
         table.add_row(
-            escape(row.what),
+            "all" if row.what == "full" else "trained",
             f"{row.parameters:,}",
             str(row.directions),
-            f"{1e3 * row.ours:,.0f} ms",
-            f"{1e3 * row.mezo:,.0f} ms" + ("" if row.measured else " *"),
+            _seconds(row.ours),
+            _seconds(row.mezo) + ("" if row.measured else "*"),
             f"{row.ratio:.2f}x",
-            _mib(row.peak_ours) if row.measured else "",
-            _mib(row.peak_mezo) if row.measured else "",
+            f"{row.peak_ours / 2**20:,.0f}",
+            f"{row.peak_mezo / 2**20:,.0f}",
         )
     return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
 
 
 def _mib(count: int) -> str:

@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ def finetune(config: Config, console: Console) -> Summary:
         comparisons: list[Comparison] = []
         mezo_drift = None
         if config.compare_mezo:
-            comparisons = _compare(config, prepared, model, progress, runs[-1].seconds_per_step)
+            comparisons = _compare(config, prepared, model, progress)
             mezo_drift = drift(model, eps=config.eps)
     summary = Summary(
         config,
@@ -465,58 +465,47 @@ def _before(trainer: _Trainer, folder: Path) -> Score:
 
 
 def _compare(
-    config: Config, prepared: Prepared, model: nn.Module, progress: Progress, seconds: float
+    config: Config, prepared: Prepared, model: nn.Module, progress: Progress
 ) -> list[Comparison]:
-    """A step beside MeZO's loop, for what moves and for all parameters; moves the weights.
-
-    ``seconds`` is a step's time in the run.
-    """
+    """A step beside MeZO's loop, for what moves and for all parameters; moves the weights."""
     device = models.device_of(config)
     indices = data_.order(len(prepared.train), config.batch_size, config.seed, 0)
     batch = data_.collate(prepared, [prepared.train[i] for i in indices], device)
     task = progress.add_task("MeZO's loop beside ours", total=None, note="")
 
-    def one_direction(what: str) -> Comparison:
-        single = dataclasses.replace(config, num_directions=1, momentum=0.0)
-        optimizer = make_optimizer(single, model, config.seed)
+    def rows(what: str, directions: int) -> list[Comparison]:
         objective = Objective(model, config.objective)
         objective.settle(model, batch)
+
+        def ours(count: int) -> Callable[[], object]:
+            single = dataclasses.replace(config, num_directions=count, momentum=0.0)
+            optimizer = make_optimizer(single, model, config.seed)
+            return lambda: optimizer.step(batch, objective)
+
         return compare(
             model,
-            lambda: optimizer.step(batch, objective),
+            ours(1),
             lambda: objective(model, batch),
             what=what,
             lr=config.lr,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            several=(directions, ours(directions)) if directions > 1 else None,
             progress=lambda: progress.advance(task),
         )
 
     try:
-        rows = [one_direction(config.trainable)]
-        if config.num_directions > 1:
-            several = config.num_directions
-            mezo = several * rows[0].mezo
-            rows.append(
-                dataclasses.replace(
-                    rows[0],
-                    directions=several,
-                    ours=seconds,
-                    mezo=mezo,
-                    ratio=mezo / seconds,
-                    measured=False,
-                )
-            )
+        table = rows(config.trainable, config.num_directions)
         if config.trainable not in ("full", "lora"):
             moving = [p for p in model.parameters() if p.requires_grad]
             everything = models.select(model, "full")
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in everything)
-            rows.append(one_direction("full"))
+            table += rows("full", 1)
             model.requires_grad_(False)
             for parameter in moving:
                 parameter.requires_grad_(True)
-        return rows
+        return table
     finally:
         progress.remove_task(task)
 
