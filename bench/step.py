@@ -215,6 +215,10 @@ def main(
         console.print(f"[yellow]left out: {TORCHZERO}: {missing}")
     built: PreTrainedModel | None = None
     built_for = ("", "")
+    backend = harness.environment(device)["backend"]
+    console.print(
+        f"backend {backend}" + (": not what to measure speed with" if backend == "reference" else "")
+    )
     start = time.perf_counter()
     path: Path | None = None
     for i, (name, kind, (b, t)) in enumerate(todo):
