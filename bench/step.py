@@ -216,9 +216,8 @@ def main(
     built: PreTrainedModel | None = None
     built_for = ("", "")
     backend = harness.environment(device)["backend"]
-    console.print(
-        f"backend {backend}" + (": not what to measure speed with" if backend == "reference" else "")
-    )
+    hint = ": not what to measure speed with" if backend == "reference" else ""
+    console.print(f"backend {backend}{hint}")
     start = time.perf_counter()
     path: Path | None = None
     for i, (name, kind, (b, t)) in enumerate(todo):
