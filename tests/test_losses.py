@@ -72,3 +72,35 @@ def test_refuses_a_batch_without_labels_and_targets_outside_the_vocabulary() -> 
         zo.causal_lm_loss(model, {"input_ids": batch["input_ids"]})
     with pytest.raises(IndexError, match="targets must be in"):
         zo.linear_cross_entropy(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([1, 5]))
+
+
+def test_a_models_own_loss_goes_without_logits_once_both_agreed() -> None:
+    model, batch = mz.build("opt"), mz.lm_batch()
+    ops = [call.op for call in zo.explain(model, batch).calls]
+    assert ops.count("linear_cross_entropy") == 1
+    hooked = mz.build("opt")
+    hooked.register_forward_hook(lambda module, args, output: None)
+    assert "linear_cross_entropy" not in [c.op for c in zo.explain(hooked, batch).calls]
+
+
+def test_a_loss_of_ones_own_is_kept() -> None:
+    class Doubled(type(mz.build("opt"))):  # type: ignore[misc]
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.loss = 2 * output.loss
+            return output
+
+    model, batch = mz.build("opt"), mz.lm_batch()
+    plain = zo.dual_loss(model, batch, seed=3, eps=1e-2)
+    model.__class__ = Doubled
+    doubled = zo.dual_loss(model, batch, seed=3, eps=1e-2)
+    torch.testing.assert_close(torch.stack(doubled), 2 * torch.stack(plain), rtol=1e-5, atol=0)
+
+
+def test_the_comparison_leaves_the_random_state_alone() -> None:
+    model, batch = mz.build("opt").train(), mz.lm_batch()
+    before = torch.get_rng_state()
+    from zokernels.losses import loss_of
+
+    loss_of(model, batch)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -45,10 +45,12 @@ def test_explanation_accounts_for_every_weight() -> None:
     found = zo.explain(model, batch)
     assert found.stacked and found.branches == 2 and not found.formed
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    linear = [c for c in found.calls if c.op == "linear"]
-    assert len(linear) == len(layers)
-    tokens = batch["input_ids"].numel()
-    assert found.flops == sum(2 * 2 * tokens * m.weight.numel() for m in layers)
+    products = [c for c in found.calls if c.op in ("linear", "linear_cross_entropy")]
+    assert len(products) == len(layers)
+    # The head's loss has one target less a row.
+    rows, tokens = batch["input_ids"].shape[0], batch["input_ids"].numel()
+    flops = sum(2 * 2 * tokens * m.weight.numel() for m in layers)
+    assert found.flops == flops - 2 * 2 * rows * model.lm_head.weight.numel()
     assert {c.parameter for c in found.calls} == {n for n, _ in model.named_parameters()}
     drawn = sum(c.noise for c in found.calls if c.op != "embedding")
     assert drawn == sum(p.numel() for n, p in model.named_parameters() if "embed_pos" not in n)

@@ -7,6 +7,8 @@ them; here a chunk of the vocabulary exists at a time.
 from __future__ import annotations
 
 import inspect
+import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,33 +36,73 @@ def loss_of(
 ) -> Callable[[], Tensor]:
     """The scalar loss of a batch, as a function without arguments.
 
+    Without ``loss_fn`` it is ``model(**batch).loss``. A causal language model of transformers gets
+    it by :func:`causal_lm_loss`, which needs no logits, after both agreed on a first batch.
+
     Raises:
         TypeError: without ``loss_fn``, ``batch`` is not a mapping. The returned function raises
             ValueError when the loss is missing or not a scalar, TypeError when it is no float
             tensor.
     """
-    if loss_fn is None and not isinstance(batch, Mapping):
+    if loss_fn is not None:
+        return lambda: scalar(loss_fn(model, batch), "loss_fn")
+    if not isinstance(batch, Mapping):
         raise TypeError(
             f"batch must be a mapping of the model's keyword arguments when there is no loss_fn; "
             f"got {type(batch).__name__}"
         )
+    if _logits_can_go(model, batch):
+        return lambda: causal_lm_loss(model, batch)
+    return lambda: _own_loss(model, batch)
 
-    keywords = dict(batch) if loss_fn is None else {}
-    if loss_fn is None and "use_cache" not in keywords and _takes_use_cache(model):
+
+def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    keywords = dict(batch)
+    if "use_cache" not in keywords and _takes_use_cache(model):
         keywords["use_cache"] = False  # a loss needs no key-value cache; transformers keeps one
+    output = model(**keywords)
+    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if value is None:
+        raise ValueError(
+            "the model's output has no loss: put labels into the batch, or give a loss_fn"
+        )
+    return scalar(value, "the model's loss")
 
-    def loss() -> Tensor:
-        if loss_fn is not None:
-            return scalar(loss_fn(model, batch), "loss_fn")
-        output = model(**keywords)
-        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if value is None:
-            raise ValueError(
-                "the model's output has no loss: put labels into the batch, or give a loss_fn"
-            )
-        return scalar(value, "the model's loss")
 
-    return loss
+# Whether causal_lm_loss equals a model's own loss, by what the comparison depends on.
+_equal: weakref.WeakKeyDictionary[nn.Module, dict[object, bool]] = weakref.WeakKeyDictionary()
+
+# Arguments that go to the decoder as they are.
+_PLAIN_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels"}
+
+
+def _logits_can_go(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether :func:`causal_lm_loss` is this model's loss, from one comparison on real numbers."""
+    if not _PLAIN_ARGUMENTS.issuperset(batch) or batch.get("labels") is None:
+        return False
+    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__
+    if hooked or torch.is_autocast_enabled(batch["labels"].device.type):
+        return False
+    try:
+        head = _linear_head(model)
+    except ValueError:
+        return False
+    key = (model.training, head.weight.dtype, type(model), tuple(sorted(batch)))
+    known = _equal.setdefault(model, {})
+    if key not in known:
+        if torch.compiler.is_compiling():
+            return False
+        devices = [head.weight.device] if head.weight.device.type == "cuda" else []
+        losses = []
+        with torch.no_grad():
+            for loss in (_own_loss, causal_lm_loss):
+                with torch.random.fork_rng(devices):
+                    losses.append(float(loss(model, batch)))
+        if not all(map(math.isfinite, losses)):
+            return False  # says nothing: compare again next time
+        tolerance = 1e-5 if head.weight.dtype == torch.float32 else 2e-3
+        known[key] = abs(losses[0] - losses[1]) <= tolerance * max(abs(losses[0]), 1e-3)
+    return known[key]
 
 
 def scalar(value: Any, source: str) -> Tensor:
@@ -83,9 +125,7 @@ def scalar(value: Any, source: str) -> Tensor:
 
 def _takes_use_cache(model: nn.Module) -> bool:
     """Whether ``model.forward`` names a ``use_cache`` argument (peft models forward theirs)."""
-    peft: Any = getattr(model, "get_base_model", None)
-    inner = peft() if peft is not None else model
-    return "use_cache" in inspect.signature(inner.forward).parameters
+    return "use_cache" in inspect.signature(_under_peft(model).forward).parameters
 
 
 def linear_cross_entropy(
@@ -173,8 +213,30 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise ValueError("batch must have labels")
+    head = _linear_head(model)
+    inner = _under_peft(model)
+    rest = {key: value for key, value in batch.items() if key != "labels"}
+    hidden = inner.base_model(**rest, use_cache=False).last_hidden_state[:, :-1]
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype),
+        head.weight,
+        labels[:, 1:].reshape(-1),
+        head.bias,
+    )
+
+
+def _under_peft(model: nn.Module) -> Any:
     peft: Any = getattr(model, "get_base_model", None)
-    inner: Any = peft() if peft is not None else model
+    return peft() if peft is not None else model
+
+
+def _linear_head(model: nn.Module) -> nn.Linear:
+    """The layer whose output is the logits of a causal language model.
+
+    Raises:
+        ValueError: there is none, or the logits are more than its output.
+    """
+    inner = _under_peft(model)
     config: Any = getattr(inner, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for setting in _MORE_THAN_A_HEAD:
@@ -191,11 +253,4 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             f"causal_lm_loss needs a transformers causal language model with a linear head; got "
             f"{type(inner).__name__}"
         )
-    rest = {key: value for key, value in batch.items() if key != "labels"}
-    hidden = inner.base_model(**rest, use_cache=False).last_hidden_state[:, :-1]
-    return linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype),
-        head.weight,
-        labels[:, 1:].reshape(-1),
-        head.bias,
-    )
+    return head

@@ -14,9 +14,17 @@ from zokernels.lazy.parameter import LazyParameter, State, autocast_dtype, handl
 
 
 def _norm(
-    state: State, x: Tensor, weight: Any, bias: Any, run: Callable[[Tensor, Any, Any], Tensor]
+    state: State,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    run: Callable[[Tensor, Any, Any], Tensor],
+    mixed: bool = False,
 ) -> Tensor:
-    """A norm branch by branch, with float32 affine parameters: equal to the norm of one branch."""
+    """A norm branch by branch, with float32 affine parameters: equal to the norm of one branch.
+
+    ``mixed``: ``run`` takes a low-precision input beside float32 affine parameters.
+    """
 
     def affine(value: Any) -> tuple[Any, bool]:
         if value is None:
@@ -29,7 +37,7 @@ def _norm(
         physical, shared = state.lower(x)
         (w, w_shared), (b, b_shared) = affine(weight), affine(bias)
         assert state.coeffs is not None
-        wide = physical.dtype != torch.float32
+        wide = physical.dtype != torch.float32 and not mixed
         parts = []
         for g in range(state.coeffs.shape[0]):
             xg = physical if shared else physical[g]
@@ -63,6 +71,9 @@ def _layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             weight,
             bias,
             lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps),
+            mixed=input.device.type == "cpu"
+            and isinstance(weight, LazyParameter)
+            and isinstance(bias, LazyParameter),
         )
 
     return call(*args, **kwargs)
