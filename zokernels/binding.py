@@ -8,9 +8,10 @@ and not a wrong number.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,6 +188,24 @@ class Binding:
         for p in self.params:
             groups.setdefault(p.device, []).append(p)
         return list(groups.values())
+
+
+@contextlib.contextmanager
+def exchanged(
+    params: Sequence[BoundParameter], storage: Callable[[BoundParameter, Tensor], Tensor]
+) -> Iterator[None]:
+    """Give parameters other storage, ``storage(parameter, data)``, for a while.
+
+    The weights stay where they are and come back at the end, also after an error.
+    """
+    kept = [p.tensor.data for p in params]
+    try:
+        for p, data in zip(params, kept, strict=True):
+            p.tensor.data = storage(p, data)
+        yield
+    finally:
+        for p, data in zip(params, kept, strict=True):
+            p.tensor.data = data
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:

@@ -25,7 +25,7 @@ from torch._C import _functorch as functorch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import verify
-from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind
+from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, exchanged
 from zokernels.lazy import Lazy, LazyParameter
 from zokernels.losses import loss_of
 from zokernels.noise import DISTRIBUTIONS, signed_seed
@@ -199,7 +199,11 @@ class Branches:
             aliased = {p.name for p in memory.aliases}
             with contextlib.ExitStack() as stack:
                 if memory.aliases and coeffs.shape[0] == 1:
-                    stack.enter_context(self._exchanged(memory.aliases, coeffs[0]))
+                    stack.enter_context(
+                        displaced_storage(
+                            memory.aliases, self.seeds, coeffs, self.scale, self.distribution
+                        )
+                    )
                 swapped = [p for p in self.binding.params if p.name not in aliased]
                 try:
                     for p in swapped:
@@ -358,29 +362,6 @@ class Branches:
         memory.looked = True
         return outputs
 
-    @contextlib.contextmanager
-    def _exchanged(self, params: Sequence[BoundParameter], coeffs: Tensor) -> Iterator[None]:
-        """Give parameters displaced storage for a while; the weights stay where they are."""
-        kept = [p.tensor.data for p in params]
-        try:
-            for p, data in zip(params, kept, strict=True):
-                factor = coeffs * self.scale.get(p.name, 1.0)
-                p.tensor.data = torch.ops.zokernels.displace(
-                    data.reshape(p.matrix),
-                    self.seeds.to(p.device),
-                    factor[None].to(p.device),
-                    p.id,
-                    0,
-                    0,
-                    self.distribution,
-                    "nearest",
-                    None,
-                ).view(p.shape)
-            yield
-        finally:
-            for p, data in zip(params, kept, strict=True):
-                p.tensor.data = data
-
     def _give_up(self, memory: _Memory, reason: str) -> None:
         memory.sequential = reason
         memory.checked = True
@@ -527,6 +508,35 @@ def directions(
             p.shape
         )
     return z
+
+
+def displaced_storage(
+    params: Sequence[BoundParameter],
+    seeds: Tensor,
+    coeffs: Tensor,
+    scale: Mapping[str, float],
+    distribution: str,
+) -> contextlib.AbstractContextManager[None]:
+    """Parameters at one branch, ``coeffs`` ``[1, K]``, in storage of their own: a copy of them.
+
+    For what reads parameters where no stand-in can be put.
+    """
+
+    def storage(p: BoundParameter, data: Tensor) -> Tensor:
+        formed: Tensor = torch.ops.zokernels.displace(
+            data.reshape(p.matrix),
+            seeds.to(p.device),
+            (coeffs * scale.get(p.name, 1.0)).to(p.device),
+            p.id,
+            0,
+            0,
+            distribution,
+            "nearest",
+            None,
+        )
+        return formed.view(p.shape)
+
+    return exchanged(params, storage)
 
 
 # --- pieces ---------------------------------------------------------------------------------------

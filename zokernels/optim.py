@@ -6,7 +6,6 @@ weights are written once a step, by one fused update that draws the direction ag
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from zokernels import _targets
 from zokernels._targets import NamedTensors, fp32
 from zokernels.binding import Binding, BoundParameter, bind, unwrap
-from zokernels.branches import Branches
+from zokernels.branches import Branches, displaced_storage
 from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
 from zokernels.losses import loss_of, scalar
 from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
@@ -473,10 +472,12 @@ class MeZO(torch.optim.Optimizer):
         assert bound is not None
         bound.check()
         rewind = _random_state(bound)
+        keys = torch.tensor(seeds, dtype=torch.int64)
+        table = torch.tensor(coeffs, dtype=torch.float32)
         outputs = []
-        for row in coeffs:
+        for row in table:
             rewind()
-            with _displaced_storage(bound, seeds, row, scale, self.distribution):
+            with displaced_storage(bound.params, keys, row[None], scale, self.distribution):
                 outputs.append(function())
         return torch.stack(outputs)
 
@@ -822,36 +823,6 @@ def _random_state(bound: NamedTensors) -> Callable[[], None]:
             torch.cuda.set_rng_state(state, device)
 
     return rewind
-
-
-@contextlib.contextmanager
-def _displaced_storage(
-    bound: NamedTensors,
-    seeds: Sequence[int],
-    coeffs: Sequence[float],
-    scale: Mapping[str, float],
-    distribution: str,
-) -> Iterator[None]:
-    """Parameters of no known module get displaced storage for a while, at the memory of a copy."""
-    kept = [p.tensor.data for p in bound.params]
-    try:
-        for p, data in zip(bound.params, kept, strict=True):
-            factor = scale.get(p.name, 1.0)
-            p.tensor.data = torch.ops.zokernels.displace(
-                data.reshape(p.matrix),
-                torch.tensor(seeds, dtype=torch.int64, device=p.device),
-                torch.tensor([[c * factor for c in coeffs]], dtype=torch.float32, device=p.device),
-                p.id,
-                0,
-                0,
-                distribution,
-                "nearest",
-                None,
-            ).view(p.shape)
-        yield
-    finally:
-        for p, data in zip(bound.params, kept, strict=True):
-            p.tensor.data = data
 
 
 def _pairs(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from zokernels.binding import BoundParameter
+from zokernels.binding import BoundParameter, exchanged
 
 # A stacked evaluation differs from one branch at a time by the order of sums only. Relative to the
 # largest value of an output.
@@ -62,22 +62,17 @@ def has_nan(result: Any) -> bool:
     )
 
 
-@contextlib.contextmanager
-def poisoned(params: Sequence[BoundParameter]) -> Iterator[None]:
+def poisoned(params: Sequence[BoundParameter]) -> AbstractContextManager[None]:
     """Parameters read NaN for a while, at the cost of one element each.
 
     While a model is evaluated its module tree holds stand-ins, so the parameters themselves must
     not matter; what reads them anyway (a list made earlier) gets NaN.
     """
-    kept = [p.tensor.data for p in params]
-    try:
-        for p in params:
-            nan = torch.full((), torch.nan, dtype=p.dtype, device=p.device)
-            p.tensor.data = nan.expand(p.shape)
-        yield
-    finally:
-        for p, data in zip(params, kept, strict=True):
-            p.tensor.data = data
+
+    def nan(p: BoundParameter, data: Tensor) -> Tensor:
+        return torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
+
+    return exchanged(params, nan)
 
 
 def readers(
