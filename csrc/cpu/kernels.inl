@@ -526,20 +526,21 @@ struct Updater {
         });
   }
 
-  // One rounding draw serves two neighbouring groups, so they are done together.
-  template <bool full>
+  // One rounding draw serves two neighbouring groups, so they are done together. `even_full` and
+  // `odd_full`: all columns of the group are there; `odd_none`: none of them.
+  template <bool even_full, bool odd_full, bool odd_none>
   ZK_INLINE void pair(T* w, uint64_t index, int l, const Span& even, const Span& odd) const {
-    const bool upper0 = full || !even.empty(2) || !even.empty(3);
-    const bool upper1 = full || !odd.empty(2) || !odd.empty(3);
+    const bool upper0 = even_full || !even.empty(2) || !even.empty(3);
+    const bool upper1 = odd_full || (!odd_none && (!odd.empty(2) || !odd.empty(3)));
     const bool has0 = upper0 || !even.empty(0) || !even.empty(1);
-    const bool has1 = upper1 || !odd.empty(0) || !odd.empty(1);
+    const bool has1 = upper1 || (!odd_none && (!odd.empty(0) || !odd.empty(1)));
     if (!has0 && !has1) return;
     F a0[4], a1[4];
-    load_unit<full>(w, even, a0);
-    load_unit<full>(w, odd, a1);
+    load_unit<even_full>(w, even, a0);
+    if constexpr (!odd_none) load_unit<odd_full>(w, odd, a1);
     for (int64_t k = 0; k < a.terms.count; ++k) {
-      if (has0) term<full>(k, 2 * index, l, upper0, a0);
-      if (has1) term<full>(k, 2 * index + 1, l, upper1, a1);
+      if (has0) term<even_full>(k, 2 * index, l, upper0, a0);
+      if (has1) term<odd_full>(k, 2 * index + 1, l, upper1, a1);
       if (ends(k)) {
         const Words16 words = philox16(static_cast<uint32_t>(index * 64) + static_cast<uint32_t>(l),
                                        a.terms.keys[k], rounding_rows[k]);
@@ -547,13 +548,15 @@ struct Updater {
         rounding_unit(words, false, r16);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) a0[j] = quantize(a0[j], r16[j], T{});
-        rounding_unit(words, true, r16);
+        if constexpr (!odd_none) {
+          rounding_unit(words, true, r16);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) a1[j] = quantize(a1[j], r16[j], T{});
+          for (int j = 0; j < 4; ++j) a1[j] = quantize(a1[j], r16[j], T{});
+        }
       }
     }
-    store_unit_nearest<full>(w, even, a0);
-    store_unit_nearest<full>(w, odd, a1);
+    store_unit<even_full>(w, even, a0);
+    if constexpr (!odd_none) store_unit<odd_full>(w, odd, a1);
   }
 
   ZK_INLINE void stochastic(T* w, uint64_t start, uint64_t end) const {
@@ -570,9 +573,11 @@ struct Updater {
       for (int l = 0; l < 64; l += kLanes) {
         const Span even{column + l, 0, length}, odd{column + 256 + l, 0, length};
         if (column >= 0 && column + 512 <= length)
-          pair<true>(w, index, l, even, odd);
+          pair<true, true, false>(w, index, l, even, odd);
+        else if (column >= 0 && column + 256 == length)
+          pair<true, false, true>(w, index, l, even, odd);
         else
-          pair<false>(w, index, l, even, odd);
+          pair<false, false, false>(w, index, l, even, odd);
       }
     }
   }

@@ -188,6 +188,14 @@ ZK_INLINE U bf16_nearest_bits(F a) {
   return {_mm512_mask_or_epi32(t.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), u.v,
                                splat(0x00400000u).v)};
 }
+// Upper halves: a plus sixteen random bits below them; NaN is made quiet, infinities stay.
+ZK_INLINE U bf16_stochastic_bits(F a, U r16) {
+  const __m512i u = bits(a).v;
+  const __mmask16 special = _mm512_fpclass_ps_mask(a.v, 0x99);
+  const __m512i t = _mm512_mask_add_epi32(u, _knot_mask16(special), u, r16.v);
+  return {
+      _mm512_mask_or_epi32(t, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), t, splat(0x00400000u).v)};
+}
 ZK_INLINE F fp16_round(F a) { return {_mm512_cvtph_ps(narrow(a, Fp16{}))}; }
 
 ZK_INLINE D zero_doubles() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
@@ -370,6 +378,12 @@ ZK_INLINE U bf16_nearest_bits(F x) {
   const F nan = floats(u | splat(0x00400000u));
   return bits(F{_mm256_blendv_ps(floats(t).a, nan.a, _mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q)),
                 _mm256_blendv_ps(floats(t).b, nan.b, _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q))});
+}
+ZK_INLINE U bf16_stochastic_bits(F x, U r16) {
+  const F nan = floats(bits(x) | splat(0x00400000u));
+  const F kept{_mm256_blendv_ps(x.a, nan.a, _mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q)),
+               _mm256_blendv_ps(x.b, nan.b, _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q))};
+  return bits(select_finite(x, floats(bits(x) + r16), kept));
 }
 ZK_INLINE F fp16_round(F x) {
   return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)),
@@ -572,6 +586,13 @@ ZK_INLINE U bf16_nearest_bits(F a) {
     return is_nan(a.v[i]) ? u | 0x00400000u : u + 0x7FFFu + ((u >> 16) & 1u);
   });
 }
+ZK_INLINE U bf16_stochastic_bits(F a, U r16) {
+  return each<U>([&](int i) {
+    const uint32_t u = float_bits(a.v[i]);
+    if (is_nan(a.v[i])) return u | 0x00400000u;
+    return (u & 0x7F800000u) == 0x7F800000u ? u : u + r16.v[i];
+  });
+}
 ZK_INLINE F fp16_round(F a) {
   return each<F>([&](int i) { return fp16_float(fp16_nearest(a.v[i])); });
 }
@@ -598,8 +619,7 @@ ZK_INLINE F quantize(F a, Fp16) { return fp16_round(a); }
 
 ZK_INLINE F quantize(F a, U, float) { return a; }
 ZK_INLINE F quantize(F a, U r16, Bf16) {
-  const F moved = floats((bits(a) + r16) & splat(0xFFFF0000u));
-  return select_finite(a, moved, quantize(a, Bf16{}));
+  return floats(bf16_stochastic_bits(a, r16) & splat(0xFFFF0000u));
 }
 ZK_INLINE F quantize(F a, U r16, Fp16) {
   const U sign = bits(a) & splat(0x80000000u);
