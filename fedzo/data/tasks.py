@@ -166,7 +166,7 @@ class MaskedTask:
         positions = batch["positions"]
         rows = torch.arange(positions.numel(), device=positions.device)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        whole = _base(model)
         if self._head is None:
             logits: Tensor = model(**inputs).logits
             return logits[rows, positions].float()
@@ -175,7 +175,7 @@ class MaskedTask:
 
     def _short_cut(self, model: nn.Module) -> str | None:
         """The head's name, when applying it to the mask alone is what the model gives."""
-        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        whole = _base(model)
         batch = self._collate(self.prepared.train[:2])
         for name in ("cls", "lm_head"):
             if not isinstance(getattr(whole, name, None), nn.Module):
@@ -441,6 +441,12 @@ def _split(records: list[Record], fraction: float) -> tuple[list[Record], list[R
 
 def _labels(prepared: Prepared) -> list[int] | None:
     return [e.label for e in prepared.train] if prepared.labels else None
+
+
+def _base(model: nn.Module) -> Any:
+    """The model under peft's adapters."""
+    holder: Any = model
+    return holder.get_base_model() if hasattr(model, "get_base_model") else holder
 
 
 def _device(model: nn.Module) -> torch.device:
