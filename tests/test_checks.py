@@ -25,6 +25,8 @@ def good(op: str) -> dict[str, Any]:
     x = torch.randn(2, 3, 6)
     many = {"param_ids": [1, 2], "row_offsets": [], "col_offsets": []}
     tensors = [torch.randn(4, 6), torch.randn(3)]
+    masked = {"indices": torch.tensor([1, 7, 23]), "shadow": torch.zeros(3)}
+    compact = {"param_id": 5, "offset": 0, "distribution": "gaussian"}
     return {
         "sample": {"rows": 2, "cols": 3, "seed": torch.tensor(1), **place},
         "displace": {"w": w, **terms, **place, "rounding": "nearest", "dtype": None},
@@ -50,6 +52,22 @@ def good(op: str) -> dict[str, Any]:
             "x": x, "w": w, "bias": None, "targets": torch.tensor([0, 1, 3]), **terms, **place,
             "shared": False, "ignore_index": -100,
         },
+        "sparse_displace": {"w": w, **masked, **terms, **compact},
+        "sparse_update_": {
+            "params": [torch.randn(4, 6), torch.randn(3)],
+            "indices": [torch.tensor([1, 7]), torch.tensor([0])],
+            "shadows": [torch.zeros(2), torch.zeros(1)], "seeds": terms["seeds"],
+            "coeffs": torch.tensor([0.1, 0.2]), "decay": torch.ones(2), "param_ids": [1, 2],
+            "distribution": "gaussian",
+        },
+        "sparse_linear": {
+            "x": x, "w": w, "bias": torch.randn(2, 4), **masked, **terms, **compact,
+            "shared": False, "transposed": False,
+        },
+        "sparse_embedding": {
+            "ids": torch.tensor([[0, 1], [2, 3]]), "w": w, **masked, **terms, **compact,
+            "shared": False,
+        },
     }[op]  # fmt: skip
 
 
@@ -57,6 +75,8 @@ META = {"device": "meta"}
 WEIGHTED = ["displace", "displace_", "linear", "embedding", "linear_cross_entropy"]
 PLACED = ["sample", *WEIGHTED]
 MANY = ["update_", "project"]
+MASKED = ["sparse_displace", "sparse_linear", "sparse_embedding"]
+SPARSE = [*MASKED, "sparse_update_"]
 EVERY = list(_ops.SCHEMAS)
 
 Bad = tuple[list[str], dict[str, Any], type[Exception], str]
@@ -93,6 +113,60 @@ BAD: list[Bad] = [
     (PLACED, {"row_offset": 2**32}, ValueError, "rows must stay in [0, 2**32)"),
     (PLACED, {"col_offset": -2}, ValueError, "columns must stay in [0, 2**34); got col_offset -2"),
     (PLACED, {"col_offset": 2**34}, ValueError, "columns must stay in [0, 2**34)"),
+    # --- under a mask
+    (SPARSE, {"seeds": torch.tensor([1, 2], dtype=torch.int32)}, TypeError,
+     "seeds must be an int64 vector; got torch.int32 of shape (2,)"),
+    (MASKED, {"coeffs": torch.zeros(2, 3)}, TypeError,
+     "coeffs must be float32 of shape [branches, 2]; got torch.float32 of shape (2, 3)"),
+    (MASKED, {"coeffs": torch.zeros(0, 2)}, ValueError, "coeffs must have at least one branch"),
+    (MASKED, {"w": torch.zeros(4, 6, dtype=torch.float64)}, TypeError,
+     "w must be float32, bfloat16 or float16; got torch.float64"),
+    (["sparse_linear", "sparse_embedding"], {"w": torch.zeros(24)}, ValueError,
+     "w must be a matrix; got shape (24,)"),
+    (MASKED, {"indices": torch.zeros(3, dtype=torch.int32)}, TypeError,
+     "indices must be an int64 vector; got torch.int32 of shape (3,)"),
+    (MASKED, {"indices": torch.zeros(25, dtype=torch.int64), "shadow": torch.zeros(25)},
+     ValueError, "indices must have at most 24 entries; got 25"),
+    (MASKED, {"indices": torch.zeros(3, dtype=torch.int64, **META)}, ValueError,
+     "indices must be on cpu like the weights; got meta"),
+    (MASKED, {"shadow": torch.zeros(2)}, TypeError,
+     "shadow must be float32 of shape (3,); got torch.float32 of shape (2,)"),
+    (MASKED, {"shadow": torch.zeros(3, dtype=torch.float64)}, TypeError,
+     "shadow must be float32 of shape (3,); got torch.float64 of shape (3,)"),
+    (MASKED, {"offset": -1}, ValueError, "the vector must stay in [0, 2**34); got offset -1"),
+    (MASKED, {"offset": 2**34 - 2}, ValueError, "the vector must stay in [0, 2**34); got offset"),
+    (MASKED, {"param_id": 2**32}, ValueError, "param_id must be in [0, 2**32); got 4294967296"),
+    (MASKED, {"indices": torch.tensor([1, 7, 24])}, IndexError,
+     "indices must be in [0, 24); got values from 1 to 24"),
+    (MASKED, {"indices": torch.tensor([-1, 7, 8])}, IndexError,
+     "indices must be in [0, 24); got values from -1 to 8"),
+    (["sparse_update_"], {"params": []}, ValueError, "params must not be empty"),
+    (["sparse_update_"], {"indices": [torch.tensor([1, 7])]}, ValueError,
+     "indices must have 2 entries; got 1"),
+    (["sparse_update_"], {"shadows": []}, ValueError, "shadows must have 2 entries; got 0"),
+    (["sparse_update_"], {"param_ids": [1]}, ValueError, "param_ids must have 2 entries; got 1"),
+    (["sparse_update_"], {"shadows": [torch.zeros(2), torch.zeros(2)]}, TypeError,
+     "shadow[1] must be float32 of shape (1,); got torch.float32 of shape (2,)"),
+    (["sparse_update_"], {"indices": [torch.tensor([1, 7]), torch.tensor([3])]}, IndexError,
+     "indices must be in [0, 3); got values from 3 to 3"),
+    (["sparse_update_"], {"coeffs": torch.zeros(3)}, TypeError,
+     "coeffs must be float32 of shape [2]; got torch.float32 of shape (3,)"),
+    (["sparse_update_"], {"decay": torch.zeros(3)}, TypeError,
+     "decay must be float32 of shape [2]; got torch.float32 of shape (3,)"),
+    (["sparse_linear"], {"x": torch.zeros(2, 3, 6, dtype=torch.bfloat16)}, TypeError,
+     "x must have the dtype of w, torch.float32; got torch.bfloat16"),
+    (["sparse_linear"], {"x": torch.zeros(2, 3, 5)}, ValueError,
+     "x must end in a dimension of 6; got shape (2, 3, 5)"),
+    (["sparse_linear"], {"x": torch.zeros(3, 3, 6)}, ValueError,
+     "x must start with 2 branches; got shape (3, 3, 6)"),
+    (["sparse_linear"], {"bias": torch.zeros(3)}, ValueError,
+     "bias must have shape (4,) or (2, 4); got shape (3,)"),
+    (["sparse_linear"], {"bias": torch.zeros(4, dtype=torch.bfloat16)}, TypeError,
+     "bias must have the dtype of w, torch.float32; got torch.bfloat16"),
+    (["sparse_embedding"], {"ids": torch.zeros(2, 2)}, TypeError,
+     "ids must be int64 or int32; got torch.float32"),
+    (["sparse_embedding"], {"ids": torch.tensor([[0, 1], [2, 4]])}, IndexError,
+     "ids must be in [0, 4); got values from 0 to 4"),
     # --- sample
     (["sample"], {"seed": torch.tensor([1])}, TypeError,
      "seed must be a 0-d int64 tensor; got torch.int64 (1,)"),

@@ -69,6 +69,15 @@ def by_fma(w: Tensor, seeds: Tensor, row: Tensor, pid: int, distribution: str) -
     return acc
 
 
+def masked(w: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+    """Indices, and a shadow of which every second value counts."""
+    generator = torch.Generator().manual_seed(7)
+    indices = torch.randperm(w.numel(), generator=generator)[:count].sort().values
+    shadow = w.reshape(-1)[indices].float()
+    shadow[::2] += 1
+    return indices, shadow
+
+
 # --- schema, fake, registration -------------------------------------------------------------------
 
 
@@ -146,6 +155,52 @@ def cases() -> dict[str, list[tuple[Any, ...]]]:
         "linear_cross_entropy": [
             (rand(3, 4, 40), w, None, targets, *both, *place, "gaussian", False, -100),
             (xb[0], wb, rand(2, 6), targets, *one, *place, "gaussian", True, -100),
+        ],
+        "sparse_displace": [
+            (w, *masked(w), *both, PID, 0, "gaussian"),
+            (wb, *masked(wb), *one, PID, 300, "rademacher"),
+            (w[:, ::2], *masked(w[:, ::2]), *one, PID, 0, "gaussian"),
+            (rand(7), *masked(rand(7)), *both, PID, 0, "gaussian"),
+            (w, *masked(w, 0), *both, PID, 0, "gaussian"),
+        ],
+        "sparse_update_": [
+            (
+                [w.clone(), rand(7)],
+                [masked(w)[0], masked(rand(7), 2)[0]],
+                [masked(w)[1], masked(rand(7), 2)[1]],
+                SEEDS,
+                TABLE[0].clone(),
+                torch.tensor([0.9, 1.0]),
+                [1, 2],
+                "gaussian",
+            ),
+            (
+                [wb.clone()],
+                [masked(wb)[0]],
+                [masked(wb)[1]],
+                SEEDS,
+                TABLE[0].clone(),
+                None,
+                [5],
+                "rademacher",
+            ),
+        ],
+        "sparse_linear": [
+            (x, w, rand(6), *masked(w), *both, PID, 0, "gaussian", False, False),
+            (xb, wb, rand(2, 6), *masked(wb), *one, PID, 7, "gaussian", True, False),
+            (rand(5, 6), w, rand(2, 40), *masked(w), *one, PID, 0, "rademacher", True, True),
+            (rand(3, 6), w, None, *masked(w), *both, PID, 0, "gaussian", False, True),
+            (rand(3, 0, 40), w, None, *masked(w), *both, PID, 0, "gaussian", False, False),
+            (rand(2, 40), w, None, *masked(w, 0), *one, PID, 0, "gaussian", False, False),
+        ],
+        "sparse_embedding": [
+            (ids, w, *masked(w), *both, PID, 0, "gaussian", True),
+            (
+                ids.int().expand(3, 2, 3).contiguous(), wb, *masked(wb), *both, PID, 3,
+                "rademacher", False,
+            ),
+            (torch.tensor(4), w, *masked(w), *one, PID, 0, "gaussian", True),
+            (ids[:0], w, *masked(w), *one, PID, 0, "gaussian", True),
         ],
     }  # fmt: skip
 

@@ -29,8 +29,10 @@ from zokernels.displacement import Displacement, UnknownVersionError
 from zokernels.explain import Explanation, explain
 from zokernels.groups import param_groups
 from zokernels.losses import causal_lm_loss, linear_cross_entropy
+from zokernels.masks import Mask, MaskFileError, MaskMismatchError
 from zokernels.noise import CONTRACT_VERSION, derive_seed
 from zokernels.optim import MeZO, NonFiniteLossError
+from zokernels.subset import Snapshot, SnapshotError
 from zokernels.trajectory import Trajectory, TrajectoryError
 
 __version__ = "0.1.0"
@@ -42,9 +44,14 @@ __all__ = [
     "Branches",
     "Displacement",
     "Explanation",
+    "Mask",
+    "MaskFileError",
+    "MaskMismatchError",
     "MeZO",
     "ModelChangedError",
     "NonFiniteLossError",
+    "Snapshot",
+    "SnapshotError",
     "StackingWarning",
     "Trajectory",
     "TrajectoryError",

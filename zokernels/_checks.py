@@ -184,14 +184,7 @@ def update_(
     device = _many("params", params, seeds, param_ids, row_offsets, col_offsets, distribution)
     _choice("rounding", rounding, ROUNDINGS)
     terms = seeds.numel()
-    _coeffs(coeffs, (terms,), params[0].device)
-    if decay is not None and (decay.dtype != torch.float32 or tuple(decay.shape) != (terms,)):
-        raise TypeError(
-            f"decay must be float32 of shape [{terms}]; got {decay.dtype} of shape "
-            f"{tuple(decay.shape)}"
-        )
-    if decay is not None:
-        _device("decay", decay, params[0].device)
+    _terms(coeffs, decay, terms, params[0].device)
     if ends is not None and (ends.dtype != torch.bool or tuple(ends.shape) != (terms,)):
         raise TypeError(
             f"ends must be bool of shape [{terms}]; got {ends.dtype} of shape {tuple(ends.shape)}"
@@ -230,13 +223,7 @@ def linear(
     branches = coeffs.shape[0]
     rows, cols = w.shape
     fan_in, fan_out = (rows, cols) if transposed else (cols, rows)
-    if x.dtype != w.dtype:
-        raise TypeError(f"x must have the dtype of w, {w.dtype}; got {x.dtype}")
-    _device("x", x, w.device)
-    if x.dim() < (1 if shared else 2) or x.shape[-1] != fan_in:
-        raise ValueError(f"x must end in a dimension of {fan_in}; got shape {tuple(x.shape)}")
-    if not shared and x.shape[0] != branches:
-        raise ValueError(f"x must start with {branches} branches; got shape {tuple(x.shape)}")
+    _input(x, w, branches, fan_in, shared)
     if bias is not None and tuple(bias.shape) != (branches, fan_out):
         raise ValueError(
             f"bias must have shape {(branches, fan_out)}; got shape {tuple(bias.shape)}"
@@ -260,14 +247,16 @@ def embedding(
 ) -> str:
     _weight(w, seeds, coeffs, param_id, row_offset, col_offset)
     _choice("distribution", distribution, DISTRIBUTIONS)
+    _ids(ids, w, coeffs.shape[0], shared)
+    return w.device.type
+
+
+def _ids(ids: Tensor, w: Tensor, branches: int, shared: bool) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids must be int64 or int32; got {ids.dtype}")
     _device("ids", ids, w.device)
-    if not shared and (ids.dim() == 0 or ids.shape[0] != coeffs.shape[0]):
-        raise ValueError(
-            f"ids must start with {coeffs.shape[0]} branches; got shape {tuple(ids.shape)}"
-        )
-    return w.device.type
+    if not shared and (ids.dim() == 0 or ids.shape[0] != branches):
+        raise ValueError(f"ids must start with {branches} branches; got shape {tuple(ids.shape)}")
 
 
 def linear_cross_entropy(
@@ -307,6 +296,171 @@ def linear_cross_entropy(
     return device
 
 
+def _compact(
+    indices: Tensor, shadow: Tensor, numel: int, device: torch.device, at: str = ""
+) -> None:
+    if indices.dtype != torch.int64 or indices.dim() != 1:
+        raise TypeError(
+            f"indices{at} must be an int64 vector; got {indices.dtype} of shape "
+            f"{tuple(indices.shape)}"
+        )
+    if indices.shape[0] > numel:
+        raise ValueError(f"indices{at} must have at most {numel} entries; got {indices.shape[0]}")
+    if shadow.dtype != torch.float32 or shadow.shape != indices.shape:
+        raise TypeError(
+            f"shadow{at} must be float32 of shape {tuple(indices.shape)}; got {shadow.dtype} of "
+            f"shape {tuple(shadow.shape)}"
+        )
+    _device(f"indices{at}", indices, device)
+    _device(f"shadow{at}", shadow, device)
+
+
+def _masked(
+    w: Tensor,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+) -> None:
+    _dtype("w", w.dtype)
+    _compact(indices, shadow, w.numel(), w.device)
+    _seeds(seeds, w.device)
+    _coeffs(coeffs, (None, seeds.numel()), w.device)
+    if coeffs.shape[0] == 0:
+        raise ValueError("coeffs must have at least one branch (row); got none")
+    _offset(indices.shape[0], param_id, offset)
+    _choice("distribution", distribution, DISTRIBUTIONS)
+
+
+def _offset(count: int, param_id: int, offset: int) -> None:
+    if not 0 <= param_id < 1 << 32:
+        raise ValueError(f"param_id must be in [0, 2**32); got {param_id}")
+    if offset < 0 or offset + count > 1 << 34:
+        raise ValueError(
+            f"the vector must stay in [0, 2**34); got offset {offset} and {count} indices"
+        )
+
+
+def sparse_displace(
+    w: Tensor,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+) -> str:
+    _masked(w, indices, shadow, seeds, coeffs, param_id, offset, distribution)
+    return w.device.type
+
+
+def sparse_update_(
+    params: list[Tensor],
+    indices: list[Tensor],
+    shadows: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decay: Tensor | None,
+    param_ids: list[int],
+    distribution: str,
+) -> str:
+    if not params:
+        raise ValueError("params must not be empty")
+    for label, given in (("indices", indices), ("shadows", shadows), ("param_ids", param_ids)):
+        if len(given) != len(params):
+            raise ValueError(f"{label} must have {len(params)} entries; got {len(given)}")
+    device = params[0].device
+    for i, param in enumerate(params):
+        _dtype(f"params[{i}]", param.dtype)
+        _device(f"params[{i}]", param, device)
+        _compact(indices[i], shadows[i], param.numel(), device, f"[{i}]")
+        _offset(indices[i].shape[0], param_ids[i], 0)
+    _seeds(seeds, device)
+    _terms(coeffs, decay, seeds.numel(), device)
+    _choice("distribution", distribution, DISTRIBUTIONS)
+    return device.type
+
+
+def _terms(coeffs: Tensor, decay: Tensor | None, terms: int, device: torch.device) -> None:
+    _coeffs(coeffs, (terms,), device)
+    if decay is not None and (decay.dtype != torch.float32 or tuple(decay.shape) != (terms,)):
+        raise TypeError(
+            f"decay must be float32 of shape [{terms}]; got {decay.dtype} of shape "
+            f"{tuple(decay.shape)}"
+        )
+    if decay is not None:
+        _device("decay", decay, device)
+
+
+def _input(x: Tensor, w: Tensor, branches: int, fan_in: int, shared: bool) -> None:
+    if x.dtype != w.dtype:
+        raise TypeError(f"x must have the dtype of w, {w.dtype}; got {x.dtype}")
+    _device("x", x, w.device)
+    if x.dim() < (1 if shared else 2) or x.shape[-1] != fan_in:
+        raise ValueError(f"x must end in a dimension of {fan_in}; got shape {tuple(x.shape)}")
+    if not shared and x.shape[0] != branches:
+        raise ValueError(f"x must start with {branches} branches; got shape {tuple(x.shape)}")
+
+
+def _matrix(w: Tensor) -> None:
+    if w.dim() != 2:
+        raise ValueError(f"w must be a matrix; got shape {tuple(w.shape)}")
+
+
+def sparse_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> str:
+    _masked(w, indices, shadow, seeds, coeffs, param_id, offset, distribution)
+    _matrix(w)
+    branches = coeffs.shape[0]
+    fan_out, fan_in = w.shape[::-1] if transposed else w.shape
+    _input(x, w, branches, fan_in, shared)
+    if bias is not None:
+        if tuple(bias.shape) not in ((fan_out,), (branches, fan_out)):
+            raise ValueError(
+                f"bias must have shape {(fan_out,)} or {(branches, fan_out)}; got shape "
+                f"{tuple(bias.shape)}"
+            )
+        _dtype("bias", bias.dtype)
+        if bias.dim() == 1 and bias.dtype != w.dtype:
+            raise TypeError(f"bias must have the dtype of w, {w.dtype}; got {bias.dtype}")
+        _device("bias", bias, w.device)
+    return w.device.type
+
+
+def sparse_embedding(
+    ids: Tensor,
+    w: Tensor,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+    shared: bool,
+) -> str:
+    _masked(w, indices, shadow, seeds, coeffs, param_id, offset, distribution)
+    _matrix(w)
+    _ids(ids, w, coeffs.shape[0], shared)
+    return w.device.type
+
+
 CHECKS: dict[str, Callable[..., str]] = {
     "sample": sample,
     "displace": displace,
@@ -316,4 +470,8 @@ CHECKS: dict[str, Callable[..., str]] = {
     "linear": linear,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
+    "sparse_displace": sparse_displace,
+    "sparse_update_": sparse_update_,
+    "sparse_linear": sparse_linear,
+    "sparse_embedding": sparse_embedding,
 }

@@ -51,6 +51,25 @@ SCHEMAS = {
     "linear_cross_entropy": "(Tensor x, Tensor w, Tensor? bias, Tensor targets, Tensor seeds, "
     "Tensor coeffs, int param_id, SymInt row_offset, SymInt col_offset, str distribution, "
     "bool shared, int ignore_index) -> Tensor",
+    # --- under a mask: `indices` int64 [n], flat and increasing, of the elements of w that move;
+    # `shadow` float32 [n], their values as far as they round to what w holds (else w counts). The
+    # noise is that of a vector of n elements whose first one is element `offset`; `project` serves
+    # such a vector as it is.
+    # The masked values of every branch: float32 [G, n].
+    "sparse_displace": "(Tensor w, Tensor indices, Tensor shadow, Tensor seeds, Tensor coeffs, "
+    "int param_id, SymInt offset, str distribution) -> Tensor",
+    # shadow = shadow * decay[k] + coeffs[k] z_k for every k in order, in float32; w holds its
+    # rounding to nearest.
+    "sparse_update_": "(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] shadows, Tensor seeds, "
+    "Tensor coeffs, Tensor? decay, int[] param_ids, str distribution) -> ()",
+    # y_g = round(x_g w^T + bias) + x_g D_g^T, D_g the masked values of branch g less what w holds;
+    # x, transposed as in `linear`; bias [out] in the dtype of w, or [G, out], added last.
+    "sparse_linear": "(Tensor x, Tensor w, Tensor? bias, Tensor indices, Tensor shadow, "
+    "Tensor seeds, Tensor coeffs, int param_id, SymInt offset, str distribution, bool shared, "
+    "bool transposed) -> Tensor",
+    # Rows ids of w with the masked values of every branch in them, rounded to the dtype of w.
+    "sparse_embedding": "(Tensor ids, Tensor w, Tensor indices, Tensor shadow, Tensor seeds, "
+    "Tensor coeffs, int param_id, SymInt offset, str distribution, bool shared) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -156,3 +175,51 @@ def _(
     *rest: object,
 ) -> Tensor:
     return x.new_empty((coeffs.shape[0],), dtype=torch.float32)
+
+
+@_fake("sparse_displace")
+def _(
+    w: Tensor, indices: Tensor, shadow: Tensor, seeds: Tensor, coeffs: Tensor, *rest: object
+) -> Tensor:
+    return shadow.new_empty((coeffs.shape[0], indices.shape[0]))
+
+
+@_fake("sparse_update_")
+def _(params: list[Tensor], *rest: object) -> None:
+    return None
+
+
+@_fake("sparse_linear")
+def _(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> Tensor:
+    lead = x.shape[:-1] if shared else x.shape[1:-1]
+    return x.new_empty((coeffs.shape[0], *lead, w.shape[1 if transposed else 0]))
+
+
+@_fake("sparse_embedding")
+def _(
+    ids: Tensor,
+    w: Tensor,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    lead = ids.shape if shared else ids.shape[1:]
+    return w.new_empty((coeffs.shape[0], *lead, w.shape[1]))

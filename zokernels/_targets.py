@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from zokernels.binding import Binding, BoundParameter, ModelChangedError, _check_parameter, bind
+from zokernels.binding import Binding, _check_parameter, bind, masked_part
+from zokernels.masks import Mask
 from zokernels.noise import parameter_ids
+from zokernels.subset import BoundParameter, ModelChangedError, Subset, fp32, update_
+
+__all__ = ["Bound", "NamedTensors", "Target", "fp32", "idle", "resolve", "update_"]
 
 
-class NamedTensors:
+class NamedTensors(Subset):
     """Named tensors with their ids, for use where there is no module to bind.
 
     Tensors that share memory (a tied weight of a state dict) count once, under their first name.
+    With a mask, of those given the ones that it touches move, at its elements.
 
     Raises:
         ValueError: nothing is given, two names share an id, or a tensor is on the meta device.
         TypeError: a tensor is not float32, bfloat16 or float16, or a value is no tensor.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, named: Iterable[tuple[str, Tensor]], mask: Mask | None = None) -> None:
         seen: set[tuple[object, ...]] = set()
         kept: list[tuple[str, Tensor]] = []
         for name, tensor in named:
@@ -46,9 +49,23 @@ class NamedTensors:
         repeated = [name for name, count in Counter(name for name, _ in kept).items() if count > 1]
         if repeated:
             raise ValueError(f"names must be unique; repeated: {repeated[:5]}")
+        if mask is not None:
+            mask.check(dict(kept))
+            kept = [(name, t) for name, t in kept if mask.touches(name)]
         ids = parameter_ids(name for name, _ in kept)
+        self.mask = mask
         self.params: tuple[BoundParameter, ...] = tuple(
-            BoundParameter(name, ids[name], t, t.shape, t.dtype, t.device, ()) for name, t in kept
+            BoundParameter(
+                name,
+                ids[name],
+                t,
+                t.shape,
+                t.dtype,
+                t.device,
+                (),
+                None if mask is None else masked_part(mask, name, t),
+            )
+            for name, t in kept
         )
         self.by_name = {p.name: p for p in self.params}
 
@@ -71,29 +88,30 @@ Bound = Binding | NamedTensors
 Target = nn.Module | Binding | NamedTensors | Mapping[str, Tensor]
 
 
-def resolve(target: Target) -> Bound:
+def resolve(target: Target, mask: Mask | None = None) -> Bound:
     """Bind whatever can hold weights.
+
+    Args:
+        target: module, binding, or mapping of names to tensors.
+        mask: for a module or a mapping; a binding has its own.
 
     Raises:
         TypeError: ``target`` is none of module, binding, mapping of names to tensors.
         ModelChangedError: a given binding no longer fits its model.
     """
     if isinstance(target, NamedTensors):
+        if mask is not None:
+            raise ValueError("mask must be None when named tensors are given: they have their own")
         target.check()
         return target
     if isinstance(target, Mapping):
-        return NamedTensors(target.items())
+        return NamedTensors(target.items(), mask)
     if isinstance(target, (nn.Module, Binding)):
-        return bind(target)
+        return bind(target, mask=mask)
     raise TypeError(
         f"model must be a torch.nn.Module, a Binding or a mapping of names to tensors; got "
         f"{type(target).__name__}"
     )
-
-
-def fp32(values: Iterable[float]) -> tuple[float, ...]:
-    """Round numbers to float32 (nearest, overflow to infinity), as Python floats."""
-    return tuple(array("f", [float(v) for v in values]))
 
 
 def idle(coeffs: Sequence[float], decay: Sequence[float] | None) -> bool:
@@ -102,42 +120,3 @@ def idle(coeffs: Sequence[float], decay: Sequence[float] | None) -> bool:
     Such an update is left out altogether, so that it cannot even turn a weight of -0 into +0.
     """
     return not any(coeffs) and (decay is None or all(d == 1.0 for d in decay))
-
-
-def update_(
-    params: Iterable[BoundParameter],
-    seeds: Sequence[int],
-    coeffs: Sequence[float],
-    decay: Sequence[float] | None,
-    ends: Sequence[bool],
-    distribution: str,
-    rounding: str,
-) -> None:
-    """One fused update of every parameter, one op call a device.
-
-    Args:
-        params: parameters that get the same terms.
-        seeds: K signed 64-bit seeds.
-        coeffs: K coefficients, rounded to float32.
-        decay: K factors applied to the weight before each term, or None for 1.
-        ends: K flags: round to the parameter's dtype after this term. The last must be True.
-        distribution: ``"gaussian"`` or ``"rademacher"``.
-        rounding: ``"nearest"`` or ``"stochastic"``.
-    """
-    by_device: dict[torch.device, list[BoundParameter]] = {}
-    for p in params:
-        by_device.setdefault(p.tensor.device, []).append(p)
-    with torch.no_grad():
-        for device, members in by_device.items():
-            torch.ops.zokernels.update_(
-                [p.tensor for p in members],
-                torch.tensor(seeds, dtype=torch.int64, device=device),
-                torch.tensor(coeffs, dtype=torch.float32, device=device),
-                None if decay is None else torch.tensor(decay, device=device, dtype=torch.float32),
-                torch.tensor(ends, dtype=torch.bool, device=device),
-                [p.id for p in members],
-                [],
-                [],
-                distribution,
-                rounding,
-            )

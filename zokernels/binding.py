@@ -11,17 +11,27 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zokernels._checks import DTYPES
-from zokernels.noise import matrix_shape, parameter_ids
+from zokernels.masks import Mask
+from zokernels.noise import parameter_ids
+from zokernels.selection import Selection, selected, unwrap
+from zokernels.subset import BoundParameter, Masked, ModelChangedError, Subset
 
-Selection = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
-
+__all__ = [
+    "Binding",
+    "BoundParameter",
+    "ModelChangedError",
+    "Selection",
+    "bind",
+    "exchanged",
+    "unwrap",
+]
 
 BUSY = (
     "an evaluation at branches of this model is already active: evaluations of one model do not "
@@ -29,82 +39,41 @@ BUSY = (
 )
 
 
-class ModelChangedError(RuntimeError):
-    """A bound model's parameters were replaced, resized, moved or converted."""
-
-
-@dataclass(frozen=True)
-class BoundParameter:
-    """One trainable parameter and where the module tree holds it."""
-
-    name: str
-    id: int
-    tensor: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    places: tuple[tuple[dict[str, nn.Parameter | None], str], ...]
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns in the noise contract."""
-        return matrix_shape(self.shape)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module under DistributedDataParallel, DataParallel and ``torch.compile`` wrappers.
-
-    Names, and so noise, do not depend on how a model is wrapped.
-    """
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-class Binding:
-    """The trainable parameters of ``model``, checked and identified.
+class Binding(Subset):
+    """The trainable parameters of ``model``, checked and identified: the trained subset.
 
     Args:
         model: any module; parameters that are shared count once, under their first name.
         params: which parameters move: names, a predicate ``(name, parameter) -> bool``, or None for
             those with ``requires_grad``.
+        mask: only the elements of a :class:`~zokernels.Mask` move, whatever requires gradients;
+            ``params`` must then be None.
 
     Raises:
         ValueError: no parameter is selected, a name is unknown, two names share an id, or a
             selected parameter is on the meta device (not loaded, or offloaded).
+        MaskMismatchError: the mask has parameters that the model has not, or of other shapes.
         TypeError: a selected parameter is not float32, bfloat16 or float16, or a module is
             TorchScript.
     """
 
-    def __init__(self, model: nn.Module, params: Selection = None) -> None:
+    def __init__(
+        self, model: nn.Module, params: Selection = None, mask: Mask | None = None
+    ) -> None:
         self.model = unwrap(model)
         self.lock = _slot(self.model).lock  # held while the parameters are replaced
         if self.lock.locked():
             raise RuntimeError(BUSY)
-        named = dict(self.model.named_parameters())
-        if params is None:
-            names = [n for n, p in named.items() if p.requires_grad]
-        elif callable(params):
-            names = [n for n, p in named.items() if params(n, p)]
+        self.mask = mask
+        if mask is None:
+            named = selected(self.model, params)
         else:
-            asked = [params] if isinstance(params, str) else list(params)
-            unknown = [n for n in asked if n not in named]
-            if unknown:
-                raise ValueError(
-                    f"params must name parameters of the model; unknown: {unknown[:5]}"
-                )
-            chosen = set(asked)
-            names = [n for n in named if n in chosen]
-        if not names:
-            raise ValueError(
-                "params selects no parameter: the model has no trainable parameter "
-                "(requires_grad), or the selection matches none"
-            )
+            _no_params_with_mask(params)
+            held = dict(self.model.named_parameters())
+            mask.check(held)
+            # In the model's order: the order of a mask's file means nothing.
+            named = {n: p for n, p in held.items() if mask.touches(n)}
+        names = list(named)
         for name in names:
             _check_parameter(name, named[name])
         ids = parameter_ids(names)
@@ -128,6 +97,7 @@ class Binding:
                 named[name].dtype,
                 named[name].device,
                 tuple(places[id(named[name])]),
+                None if mask is None else masked_part(mask, name, named[name]),
             )
             for name in names
         )
@@ -142,11 +112,6 @@ class Binding:
         self.recurrent = tuple(
             m for m in self.model.modules() if isinstance(getattr(m, "_flat_weights", None), list)
         )
-
-    @property
-    def numel(self) -> int:
-        """Number of trainable elements."""
-        return sum(p.tensor.numel() for p in self.params)
 
     @property
     def device(self) -> torch.device:
@@ -208,6 +173,17 @@ def exchanged(
             p.tensor.data = data
 
 
+def masked_part(mask: Mask, name: str, tensor: Tensor) -> Masked:
+    """The elements of a parameter that a mask moves; the shadow begins as what they are."""
+    indices = mask.indices[name].to(tensor.device)
+    return Masked(indices, torch.take(tensor.detach(), indices).float(), mask.digest(name))
+
+
+def _no_params_with_mask(params: Selection) -> None:
+    if params is not None:
+        raise ValueError("params must be None when a mask is given: the mask says what moves")
+
+
 def _check_parameter(name: str, parameter: Tensor) -> None:
     if getattr(parameter, "is_stand_in", False):
         raise RuntimeError(BUSY)  # a part of a model that is being evaluated
@@ -237,6 +213,7 @@ class _Slot:
     def __init__(self) -> None:
         self.binding: Binding | None = None  # of the parameters that require gradients
         self.selections: OrderedDict[tuple[str, ...], Binding] = OrderedDict()
+        self.masks: OrderedDict[str, Binding] = OrderedDict()  # by fingerprint
         self.lock = threading.Lock()
 
     def __deepcopy__(self, memo: object) -> _Slot:
@@ -256,11 +233,31 @@ def _kept(slot: _Slot, fresh: Binding) -> Binding:
     names = tuple(fresh.by_name)
     found = slot.selections.get(names)
     if found is None or found.model is not fresh.model or not _same(found, fresh):
-        found = slot.selections[names] = fresh
-    slot.selections.move_to_end(names)
-    while len(slot.selections) > _KEPT:
-        slot.selections.popitem(last=False)
+        found = fresh
+    _remember(slot.selections, names, found)
     return found
+
+
+def _under_mask(slot: _Slot, model: nn.Module, mask: Mask) -> Binding:
+    """The binding of a mask: the one that is already there has the shadow of its elements."""
+    key = mask.fingerprint()
+    found = slot.masks.get(key)
+    if found is not None:
+        try:
+            found.check()
+        except ModelChangedError:
+            found = None
+    if found is None or found.model is not model:
+        found = Binding(model, mask=mask)
+    _remember(slot.masks, key, found)
+    return found
+
+
+def _remember(kept: OrderedDict[Any, Binding], key: object, binding: Binding) -> None:
+    kept[key] = binding
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)
 
 
 def _same(a: Binding, b: Binding) -> bool:
@@ -273,26 +270,32 @@ def _same(a: Binding, b: Binding) -> bool:
     )
 
 
-def bind(model: nn.Module | Binding, params: Selection = None) -> Binding:
+def bind(model: nn.Module | Binding, params: Selection = None, mask: Mask | None = None) -> Binding:
     """A binding of ``model``: given ones are checked, new ones are kept on the model.
 
     Args:
-        model: module, or a binding (then ``params`` must be None).
-        params: see :class:`Binding`.
+        model: module, or a binding (then ``params`` and ``mask`` must be None).
+        params, mask: see :class:`Binding`.
 
     Raises:
         ModelChangedError: a given binding no longer fits its model.
         ValueError, TypeError: as :class:`Binding`.
     """
     if isinstance(model, Binding):
-        if params is not None:
-            raise ValueError("params must be None when a Binding is given: it has its own")
+        for label, value in (("params", params), ("mask", mask)):
+            if value is not None:
+                raise ValueError(f"{label} must be None when a Binding is given: it has its own")
         model.check()
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or a Binding; got {type(model).__name__}")
     model = unwrap(model)
     slot = _slot(model)
+    if mask is not None:
+        if not isinstance(mask, Mask):
+            raise TypeError(f"mask must be a Mask or None; got {type(mask).__name__}")
+        _no_params_with_mask(params)
+        return _under_mask(slot, model, mask)
     if params is not None:
         return _kept(slot, Binding(model, params))
     cached = slot.binding

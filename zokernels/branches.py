@@ -27,7 +27,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from zokernels import verify
 from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, exchanged
 from zokernels.lazy import Lazy, LazyParameter
+from zokernels.lazy.masked import displaced as displaced_under_mask
 from zokernels.losses import loss_of
+from zokernels.masks import Mask
 from zokernels.noise import DISTRIBUTIONS, signed_seed
 from zokernels.precision import CompositeOps
 
@@ -76,6 +78,9 @@ class Branches:
         seeds: ``K`` seeds: integers in [-2**63, 2**64), or an int64 tensor ``[K]``.
         coeffs: float32 ``[G, K]``, or nested numbers.
         params: which parameters move (names or predicate); None for those with ``requires_grad``.
+        mask: a :class:`~zokernels.Mask`: only its elements move (in float32 whatever the dtype of
+            the weights, by a product with the weights as they are and a correction), along
+            directions of their own; ``params`` must be None.
         distribution: ``"gaussian"`` or ``"rademacher"``.
         scale: factor of the coefficients by parameter name, 1 where absent.
         sequential: True runs one branch after another (any callable, memory of one branch); False
@@ -93,6 +98,7 @@ class Branches:
         coeffs: Coeffs,
         *,
         params: Selection = None,
+        mask: Mask | None = None,
         distribution: str = "gaussian",
         scale: Mapping[str, float] | None = None,
         sequential: bool | None = None,
@@ -101,7 +107,7 @@ class Branches:
             raise ValueError(
                 f"distribution must be one of {list(DISTRIBUTIONS)}; got {distribution!r}"
             )
-        self.binding = bind(model, params)
+        self.binding = bind(model, params, mask)
         self.distribution = distribution
         self.seeds = _as_seeds(seeds).to(self.binding.device)
         self.coeffs = _as_coeffs(coeffs, self.seeds.numel()).to(self.binding.device)
@@ -394,6 +400,7 @@ def branches(
     coeffs: Coeffs,
     *,
     params: Selection = None,
+    mask: Mask | None = None,
     distribution: str = "gaussian",
     scale: Mapping[str, float] | None = None,
     sequential: bool | None = None,
@@ -404,6 +411,7 @@ def branches(
         seeds,
         coeffs,
         params=params,
+        mask=mask,
         distribution=distribution,
         scale=scale,
         sequential=sequential,
@@ -418,6 +426,7 @@ def dual_loss(
     eps: float,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     params: Selection = None,
+    mask: Mask | None = None,
     distribution: str = "gaussian",
     sequential: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -433,7 +442,7 @@ def dual_loss(
         seed: the direction.
         eps: step of the finite difference, > 0.
         loss_fn: ``loss_fn(model, batch) ->`` scalar tensor.
-        params, distribution, sequential: see :class:`Branches`.
+        params, mask, distribution, sequential: see :class:`Branches`.
 
     Returns:
         ``(loss_plus, loss_minus)``, 0-d tensors.
@@ -450,6 +459,7 @@ def dual_loss(
         seeds,
         [[eps], [-eps]],
         params=params,
+        mask=mask,
         distribution=distribution,
         sequential=sequential,
     )
@@ -464,6 +474,7 @@ def displaced(
     coeffs: Tensor | Sequence[float] | None = None,
     *,
     params: Selection = None,
+    mask: Mask | None = None,
     distribution: str = "gaussian",
     scale: Mapping[str, float] | None = None,
 ) -> Iterator[nn.Module]:
@@ -473,7 +484,7 @@ def displaced(
         model: any module, or a :class:`~zokernels.Binding`.
         seeds: a :class:`~zokernels.Displacement` (which brings its distribution), or seeds.
         coeffs: one number per seed; None with a displacement.
-        params, distribution, scale: see :class:`Branches`.
+        params, mask, distribution, scale: see :class:`Branches`.
 
     Yields:
         The model. ``state_dict()`` inside gives the displaced weights.
@@ -483,7 +494,9 @@ def displaced(
         seeds, coeffs = displacement.seeds, displacement.coeffs
         distribution = displacement.distribution
     row = coeffs[None] if isinstance(coeffs, Tensor) else [list(coeffs)]
-    view = Branches(model, seeds, row, params=params, distribution=distribution, scale=scale)
+    view = Branches(
+        model, seeds, row, params=params, mask=mask, distribution=distribution, scale=scale
+    )
     with view.at(0):
         yield view.binding.model
 
@@ -493,20 +506,25 @@ def directions(
     *,
     seed: int | Tensor,
     params: Selection = None,
+    mask: Mask | None = None,
     distribution: str = "gaussian",
 ) -> dict[str, Tensor]:
     """The direction of a seed, written out: ``{name: z}``, float32, shaped like the parameters.
 
-    For tests and teaching: it costs the memory of the parameters, which nothing else here does.
+    Under a mask it is zero at the elements that do not move. For tests and teaching: it costs the
+    memory of the parameters, which nothing else here does.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {list(DISTRIBUTIONS)}; got {distribution!r}")
     z = {}
-    for p in bind(model, params).params:
+    for p in bind(model, params, mask).params:
         key = _as_seeds([seed] if isinstance(seed, int) else seed.reshape(1))[0].to(p.device)
-        z[p.name] = torch.ops.zokernels.sample(*p.matrix, key, p.id, 0, 0, distribution).view(
-            p.shape
-        )
+        drawn = (1, p.moving) if p.masked is not None else p.matrix
+        values = torch.ops.zokernels.sample(*drawn, key, p.id, 0, 0, distribution)
+        if p.masked is not None:
+            compact, values = values, values.new_zeros(p.shape)
+            values.view(-1)[p.masked.indices] = compact[0]
+        z[p.name] = values.view(p.shape)
     return z
 
 
@@ -523,10 +541,24 @@ def displaced_storage(
     """
 
     def storage(p: BoundParameter, data: Tensor) -> Tensor:
+        keys = seeds.to(p.device)
+        table = (coeffs * scale.get(p.name, 1.0)).to(p.device)
+        if p.masked is not None:
+            return displaced_under_mask(
+                data.reshape(p.matrix),
+                p.masked.indices,
+                p.masked.shadow,
+                keys,
+                table,
+                p.id,
+                0,
+                distribution,
+                p.dtype,
+            ).view(p.shape)
         formed: Tensor = torch.ops.zokernels.displace(
             data.reshape(p.matrix),
-            seeds.to(p.device),
-            (coeffs * scale.get(p.name, 1.0)).to(p.device),
+            keys,
+            table,
             p.id,
             0,
             0,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zokernels import _targets
 from zokernels._targets import Target, fp32
+from zokernels.masks import Mask
 from zokernels.noise import CONTRACT_VERSION, DISTRIBUTIONS, ROUNDINGS, signed_seed
 
 _MAGIC = b"ZOdp"
@@ -386,6 +387,7 @@ class Displacement:
         *,
         rounding: str = "stochastic",
         scale: Mapping[str, float] | None = None,
+        mask: Mask | None = None,
     ) -> None:
         """Add the displacement to weights in one fused pass, with one rounding at the end.
 
@@ -397,6 +399,7 @@ class Displacement:
             rounding: ``"stochastic"`` (bits from the last term's seed) or ``"nearest"``; without
                 effect on float32 weights.
             scale: factors on the coefficients of single parameters, by name; 1 for the others.
+            mask: only its elements move; for a Binding None, it has its own.
 
         Raises:
             ValueError: unknown rounding, a scale that is not finite, names no parameter or takes a
@@ -405,7 +408,7 @@ class Displacement:
             ModelChangedError: a given binding no longer fits its model.
         """
         check_rounding(rounding)
-        bound = _targets.resolve(model)
+        bound = _targets.resolve(model, mask)
         factors = _check_scale(scale, bound)
         coeffs = {f: (self * f)._coeffs for f in {1.0, *factors.values()}}
         ends = [k == len(self) - 1 for k in range(len(self))]

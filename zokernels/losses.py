@@ -53,10 +53,10 @@ def loss_of(
         )
     if _logits_can_go(model, batch):
         return lambda: causal_lm_loss(model, batch)
-    return lambda: _own_loss(model, batch)
+    return lambda: own_loss(model, batch)
 
 
-def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     keywords = dict(batch)
     if "use_cache" not in keywords and _takes_use_cache(model):
         keywords["use_cache"] = False  # a loss needs no key-value cache; transformers keeps one
@@ -95,7 +95,7 @@ def _logits_can_go(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         devices = [head.weight.device] if head.weight.device.type == "cuda" else []
         losses = []
         with torch.no_grad():
-            for loss in (_own_loss, causal_lm_loss):
+            for loss in (own_loss, causal_lm_loss):
                 with torch.random.fork_rng(devices):
                     losses.append(float(loss(model, batch)))
         if not all(map(math.isfinite, losses)):

@@ -22,6 +22,7 @@ from zokernels.binding import Binding, BoundParameter, bind, unwrap
 from zokernels.branches import Branches, displaced_storage
 from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
 from zokernels.losses import loss_of, scalar
+from zokernels.masks import Mask
 from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
 from zokernels.trajectory import Trajectory, TrajectoryError
 
@@ -106,6 +107,9 @@ class MeZO(torch.optim.Optimizer):
             weights alone, counts it in :attr:`skipped` and warns once; ``"raise"``.
         seed: root of all directions, 64 bits.
         model: the module that holds ``params``, where those are bare or only named.
+        mask: a :class:`~zokernels.Mask`: only its elements move, whatever requires gradients; None
+            for a Binding, which has its own. Every parameter it touches must be listed in
+            ``params``. Masked elements are trained in float32: ``rounding`` is of no consequence.
         journal: a :class:`~zokernels.Trajectory` that records every update; see :meth:`resume`.
         sequential: how batches are evaluated, see :class:`~zokernels.Branches`.
         max_branches: most branches in one stacked evaluation, to bound its memory; None: all.
@@ -130,7 +134,8 @@ class MeZO(torch.optim.Optimizer):
     max_branches: int | None
     sequential: bool | None
     _model: nn.Module | None
-    _explicit: bool  # a Binding chose the parameters, whatever their requires_grad
+    _explicit: bool  # a Binding or a mask chose the parameters, whatever their requires_grad
+    _mask: Mask | None
     _given: Binding | None
     _bound: Binding | NamedTensors | None
     _groups: list[list[BoundParameter]]
@@ -161,6 +166,7 @@ class MeZO(torch.optim.Optimizer):
         nonfinite: str = "skip",
         seed: int = 0,
         model: nn.Module | None = None,
+        mask: Mask | None = None,
         journal: Trajectory | None = None,
         sequential: bool | None = None,
         max_branches: int | None = None,
@@ -184,9 +190,14 @@ class MeZO(torch.optim.Optimizer):
         if journal is not None and not isinstance(journal, Trajectory):
             raise TypeError(f"journal must be a Trajectory or None; got {type(journal).__name__}")
 
-        self._model, groups = _sources(params, model)
+        if mask is not None and not isinstance(mask, Mask):
+            raise TypeError(f"mask must be a Mask or None; got {type(mask).__name__}")
         self._given = params if isinstance(params, Binding) else None
-        self._explicit = self._given is not None
+        if self._given is not None and mask is not None:
+            raise ValueError("mask must be None when params is a Binding: it has its own")
+        self._mask = mask if self._given is None else self._given.mask
+        self._model, groups = _sources(params, model, mask)
+        self._explicit = self._given is not None or mask is not None
         self._bound = None
         self._groups, self._announced, self._flags = [], [], ()
         self._step, self._skipped, self._warned = 0, 0, False
@@ -269,11 +280,21 @@ class MeZO(torch.optim.Optimizer):
         bound: Binding | NamedTensors
         if self._model is None:
             bound = NamedTensors(
-                (name, p)
-                for group, row in zip(self.param_groups, flags, strict=True)
-                for name, p, moves in zip(group["param_names"], group["params"], row, strict=True)
-                if moves
+                (
+                    (name, p)
+                    for group, row in zip(self.param_groups, flags, strict=True)
+                    for name, p, moves in zip(
+                        group["param_names"], group["params"], row, strict=True
+                    )
+                    if moves
+                ),
+                self._mask,
             )
+        elif self._mask is not None and self._given is None:
+            bound = bind(self._model, mask=self._mask)  # shared with zo.branches and zo.dual_loss
+            absent = [n for n in bound.by_name if n not in listed]
+            if absent:
+                raise ValueError(f"the mask moves parameters that no group lists: {absent[:5]}")
         else:
             chosen = set(listed)
             trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
@@ -626,8 +647,11 @@ class MeZO(torch.optim.Optimizer):
             gradients = record.meta.get("gradients")
             if gradients and record.step >= journal.next_step - self.momentum_window:
                 window.append(_Past(record.step, fresh, tuple(map(tuple, gradients))))
-        held = {n: p for g in self.param_groups for n, p in _pairs(g)}
-        journal.replay_(held if self._model is None else self._model)
+        if self._mask is not None and self._bound is not None:
+            journal.replay_(self._bound)
+        else:
+            held = {n: p for g in self.param_groups for n, p in _pairs(g)}
+            journal.replay_(held if self._model is None else self._model)
         self._step = journal.next_step
         self._skipped = sum(not record.seeds for record in journal)
         self._window = tuple(window)
@@ -640,6 +664,7 @@ class MeZO(torch.optim.Optimizer):
         """Unpickling and copying, and the last act of torch's ``load_state_dict``."""
         super().__setstate__(state)
         self.__dict__.setdefault("_given", None)
+        self.__dict__.setdefault("_mask", None)
         for name, value in (self.__dict__.get("_incoming") or {}).items():
             setattr(self, name, value)
         self._incoming = None
@@ -666,6 +691,7 @@ _KEPT = (
     "max_branches",
     "_model",
     "_explicit",
+    "_mask",
     "_journal",
     "_warned",
     "_last",
@@ -746,7 +772,7 @@ def _accept_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
 
 
 def _sources(
-    params: nn.Module | Binding | Iterable[Any], model: nn.Module | None
+    params: nn.Module | Binding | Iterable[Any], model: nn.Module | None, mask: Mask | None
 ) -> tuple[nn.Module | None, list[dict[str, Any]]]:
     """The model, if known, and parameter groups of (name, parameter) pairs."""
     if model is not None and not isinstance(model, nn.Module):
@@ -759,6 +785,10 @@ def _sources(
         if isinstance(params, Binding):
             params.check()
             named: list[tuple[str, Tensor]] = [(p.name, p.tensor) for p in params.params]
+        elif mask is not None:
+            held = dict(whole.named_parameters())
+            mask.check(held)
+            named = [(n, p) for n, p in held.items() if mask.touches(n)]
         else:
             named = [(n, p) for n, p in whole.named_parameters() if p.requires_grad]
         if not named:

@@ -271,6 +271,127 @@ def linear_cross_entropy(
     return losses.sum(-1) / keep.sum()
 
 
+# --- under a mask ---------------------------------------------------------------------------------
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def _masked_values(w: Tensor, indices: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor]:
+    """What w holds at the indices, and the float32 values that it stands for."""
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= w.numel()):
+        raise IndexError(
+            f"indices must be in [0, {w.numel()}); got values from {int(indices.min())} to "
+            f"{int(indices.max())}"
+        )
+    stored = torch.take(w, indices)
+    bits = _BITS[w.dtype]
+    same = noise.round_to(shadow, w.dtype).view(bits) == stored.view(bits)
+    return stored, torch.where(same, shadow, stored.float())
+
+
+def sparse_displace(
+    w: Tensor,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+) -> Tensor:
+    values = _masked_values(w, indices, shadow)[1]
+    return displace(
+        values[None], seeds, coeffs, param_id, 0, offset, distribution, "nearest", None
+    )[:, 0]
+
+
+def sparse_update_(
+    params: list[Tensor],
+    indices: list[Tensor],
+    shadows: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decay: Tensor | None,
+    param_ids: list[int],
+    distribution: str,
+) -> None:
+    every = [_masked_values(*parts)[1] for parts in zip(params, indices, shadows, strict=True)]
+    update_(every, seeds, coeffs, decay, None, param_ids, [], [], distribution, "nearest")
+    for param, index, shadow, values in zip(params, indices, shadows, every, strict=True):
+        shadow.copy_(values)
+        param.put_(index, values.to(param.dtype))
+
+
+def sparse_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> Tensor:
+    branches = coeffs.shape[0]
+    y = F.linear(x, w.t() if transposed else w, bias if bias is None or bias.dim() == 1 else None)
+    y = y.expand(branches, *y.shape) if shared else y
+    stored = _masked_values(w, indices, shadow)[0].float()
+    moved = sparse_displace(w, indices, shadow, seeds, coeffs, param_id, offset, distribution)
+    difference = moved - stored  # [G, n]
+    row, col = indices // w.shape[1], indices % w.shape[1]
+    source, target = (row, col) if transposed else (col, row)
+    flat_x = x.reshape(*(() if shared else (branches,)), -1, x.shape[-1])
+    out = y.float().reshape(branches, -1, y.shape[-1]).clone()
+    tokens = max(1, CHUNK // max(indices.numel(), 1))
+    for g in range(branches):
+        xg = flat_x if shared else flat_x[g]
+        for start in range(0, xg.shape[0], tokens):
+            part = xg[start : start + tokens][:, source].float() * difference[g]
+            out[g, start : start + tokens].index_add_(1, target, part)
+        if bias is not None and bias.dim() == 2:
+            out[g] += bias[g].float()
+    return out.to(w.dtype).reshape(y.shape)
+
+
+def sparse_embedding(
+    ids: Tensor,
+    w: Tensor,
+    indices: Tensor,
+    shadow: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= w.shape[0]):
+        raise IndexError(
+            f"ids must be in [0, {w.shape[0]}); got values from {int(ids.min())} to "
+            f"{int(ids.max())}"
+        )
+    branches, cols = coeffs.shape[0], w.shape[1]
+    moved = sparse_displace(w, indices, shadow, seeds, coeffs, param_id, offset, distribution)
+    moved = moved.to(w.dtype)
+    rows = w[ids]
+    out = rows.expand(branches, *rows.shape).clone() if shared else rows.clone()
+    flat = out.reshape(branches, -1, cols)
+    for g in range(branches):
+        looked_up = (ids if shared else ids[g]).reshape(-1).to(torch.int64)
+        # The entries of a looked-up row are neighbours in the sorted list.
+        first = torch.searchsorted(indices, looked_up * cols)
+        count = torch.searchsorted(indices, (looked_up + 1) * cols) - first
+        token = torch.repeat_interleave(count)
+        within = torch.arange(token.numel(), device=ids.device) - (count.cumsum(0) - count)[token]
+        entry = first[token] + within
+        flat[g, token, indices[entry] % cols] = moved[g, entry]
+    return out
+
+
 KERNELS: dict[str, Callable[..., object]] = {
     "sample": sample,
     "displace": displace,
@@ -280,4 +401,8 @@ KERNELS: dict[str, Callable[..., object]] = {
     "linear": linear,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
+    "sparse_displace": sparse_displace,
+    "sparse_update_": sparse_update_,
+    "sparse_linear": sparse_linear,
+    "sparse_embedding": sparse_embedding,
 }

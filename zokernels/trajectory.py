@@ -13,7 +13,8 @@ File format (little-endian), the same for a finished file and for a journal that
                (for the first record: the CRC-32 of the 8 bytes of magic)
     kind 1     header, once and first: JSON {distribution, rounding, metadata}
     kind 2     layout, before the first step and when the parameter groups change:
-               JSON {groups: [[[name, id, shape, dtype], ...], ...]}
+               JSON {groups: [[[name, id, shape, dtype], ...], ...]}, with a fifth entry for a
+               parameter under a mask: the digest of its indices (the mask is a file of its own)
     kind 3     step: uint64 step, uint32 K, uint16 groups G, uint16 flags (1: decay present),
                int64 seeds[K], float32 coeffs[G, K], float32 decay[G, K], uint8 ends[K],
                JSON metadata
@@ -28,7 +29,6 @@ import json
 import math
 import os
 import struct
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernels import _targets
+from zokernels._files import write_atomically
 from zokernels._targets import NamedTensors, Target, fp32
 from zokernels.binding import Binding, BoundParameter, unwrap
 from zokernels.displacement import (
@@ -52,6 +53,7 @@ from zokernels.displacement import (
     check_distribution,
     check_rounding,
 )
+from zokernels.masks import Mask
 from zokernels.noise import CONTRACT_VERSION, parameter_id, signed_seed
 
 _MAGIC = struct.Struct("<4sHH")
@@ -90,21 +92,33 @@ class ModelMismatchError(TrajectoryError):
 
 @dataclass(frozen=True, slots=True)
 class ParameterRecord:
-    """What a trajectory knows about a parameter."""
+    """What a trajectory knows about a parameter; ``mask``: digest of the indices that moved."""
 
     name: str
     id: int
     shape: tuple[int, ...]
     dtype: str
+    mask: str = ""
 
     @classmethod
     def of(cls, parameter: BoundParameter) -> ParameterRecord:
         """The record of a bound parameter."""
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        return cls(parameter.name, parameter.id, tuple(parameter.shape), dtype)
+        mask = "" if parameter.masked is None else parameter.masked.digest
+        return cls.of_tensor(parameter.name, parameter.tensor, mask)
+
+    @classmethod
+    def of_tensor(cls, name: str, tensor: Tensor, mask: str = "") -> ParameterRecord:
+        """The record of a named tensor."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(name, parameter_id(name), tuple(tensor.shape), dtype, mask)
+
+    @property
+    def kind(self) -> str:
+        """Shape, dtype and mask in words."""
+        return f"{self.shape} {self.dtype}" + (f" under mask {self.mask[:12]}" if self.mask else "")
 
     def __str__(self) -> str:
-        return f"{self.name!r} {self.shape} {self.dtype}"
+        return f"{self.name!r} {self.kind}"
 
 
 Layout = tuple[tuple[ParameterRecord, ...], ...]
@@ -332,7 +346,7 @@ class Trajectory:
 
     # --- use --------------------------------------------------------------------------------------
 
-    def replay_(self, model: Target) -> None:
+    def replay_(self, model: Target, *, mask: Mask | None = None) -> None:
         """Apply every update to the weights the run started from: one fused pass.
 
         Each weight is loaded once, goes through every step's arithmetic and rounding, and is stored
@@ -342,12 +356,13 @@ class Trajectory:
         Args:
             model: module, Binding, or mapping of names to tensors (a state dict). Parameters the
                 run did not move stay untouched.
+            mask: that of the run, if it had one; a Binding brings its own.
 
         Raises:
-            ModelMismatchError: a parameter of the run is missing or has another shape or dtype; the
-                message names the first. Nothing is changed.
+            ModelMismatchError: a parameter of the run is missing, has another shape or dtype, or
+                moved under another mask; the message names the first. Nothing is changed.
         """
-        bound = self._match(model)
+        bound = self._match(model, mask)
         # Parameters with the same groups in every layout have the same terms.
         place: dict[str, list[int]] = {}
         for i, layout in enumerate(self.layouts):
@@ -424,19 +439,7 @@ class Trajectory:
             TrajectoryError: nothing was recorded yet (no :meth:`begin`).
             OSError: the file cannot be written.
         """
-        data = self._encode()
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, self._encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, recover: bool = False) -> Trajectory:
@@ -524,38 +527,31 @@ class Trajectory:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _match(self, model: Target) -> list[BoundParameter]:
+    def _match(self, model: Target, mask: Mask | None) -> list[BoundParameter]:
         """The model's parameters that the run moved, checked."""
         wanted = self.fingerprint
-        held: dict[str, Tensor]
+        if mask is not None or isinstance(model, (Binding, NamedTensors)):
+            held = _targets.resolve(model, mask).by_name
+            records = {name: ParameterRecord.of(p) for name, p in held.items()}
+            _same_records(wanted, records)
+            return [held[record.name] for record in wanted]
+        tensors: Mapping[str, Tensor]
         if isinstance(model, nn.Module):
-            names = {record.name for record in wanted}
-            held = {n: p for n, p in unwrap(model).named_parameters() if n in names}
+            tensors = dict(unwrap(model).named_parameters())
         elif isinstance(model, Mapping):
-            held = {record.name: model[record.name] for record in wanted if record.name in model}
-        elif isinstance(model, (Binding, NamedTensors)):
-            model.check()
-            held = {p.name: p.tensor for p in model.params}
+            tensors = model
         else:
             raise TypeError(
                 f"model must be a torch.nn.Module, a Binding or a mapping of names to tensors; got "
                 f"{type(model).__name__}"
             )
-        for record in wanted:
-            if record.name not in held:
-                raise ModelMismatchError(f"the model has no parameter {record}")
-            tensor = held[record.name]
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            if (tuple(tensor.shape), dtype) != (record.shape, record.dtype):
-                raise ModelMismatchError(
-                    f"the run moved {record}, but the model's is {tuple(tensor.shape)} {dtype}"
-                )
+        tensors = {r.name: tensors[r.name] for r in wanted if r.name in tensors}
+        _same_records(wanted, {n: ParameterRecord.of_tensor(n, t) for n, t in tensors.items()})
         if not wanted:
             return []
-        bound = NamedTensors((record.name, held[record.name]) for record in wanted)
-        if len(bound.params) != len(wanted):
-            kept = {p.name for p in bound.params}
-            twice = next(record for record in wanted if record.name not in kept)
+        bound = NamedTensors(tensors.items())
+        twice = next((record for record in wanted if record.name not in bound.by_name), None)
+        if twice is not None:
             raise ModelMismatchError(
                 f"the run moved {twice} on its own, but the model shares its memory with another "
                 f"parameter of the run"
@@ -743,6 +739,16 @@ def _lock(file: FileIO, path: Path) -> None:
         return
 
 
+def _same_records(wanted: Sequence[ParameterRecord], held: Mapping[str, ParameterRecord]) -> None:
+    for record in wanted:
+        if record.name not in held:
+            raise ModelMismatchError(f"the model has no parameter {record}")
+        if held[record.name] != record:
+            raise ModelMismatchError(
+                f"the run moved {record}, but the model's is {held[record.name].kind}"
+            )
+
+
 def _one_end(count: int) -> tuple[bool, ...]:
     return tuple(k == count - 1 for k in range(count))
 
@@ -751,12 +757,6 @@ def _decay(rows: Sequence[Sequence[float]] | None) -> tuple[tuple[float, ...], .
     """Rows in float32; nothing when all are 1."""
     rounded = tuple(fp32(row) for row in rows or ())
     return rounded if any(d != 1.0 for row in rounded for d in row) else ()
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _json(value: object, label: str) -> bytes:
@@ -781,7 +781,10 @@ def _seal(kind: int, payload: bytes, chain: int) -> tuple[bytes, int]:
 
 
 def _encode_layout(layout: Layout) -> bytes:
-    groups = [[[r.name, r.id, list(r.shape), r.dtype] for r in group] for group in layout]
+    groups = [
+        [[r.name, r.id, list(r.shape), r.dtype, *([r.mask] if r.mask else [])] for r in group]
+        for group in layout
+    ]
     return _json({"groups": groups}, "layout")
 
 
@@ -789,15 +792,17 @@ def _decode_layout(payload: memoryview) -> Layout:
     groups = []
     for group in _object(payload, {"groups"})["groups"]:
         records = []
-        for name, number, shape, dtype in group:
+        for name, number, shape, dtype, *mask in group:
             if (
                 not isinstance(name, str)
                 or number != parameter_id(name)
                 or not all(isinstance(n, int) and n >= 0 for n in shape)
                 or not isinstance(getattr(torch, dtype, None), torch.dtype)
+                or len(mask) > 1
+                or not all(isinstance(m, str) and m for m in mask)
             ):
-                raise CorruptTrajectoryError(f"bad parameter {[name, number, shape, dtype]}")
-            records.append(ParameterRecord(name, number, tuple(shape), dtype))
+                raise CorruptTrajectoryError(f"bad parameter {[name, number, shape, dtype, *mask]}")
+            records.append(ParameterRecord(name, number, tuple(shape), dtype, *mask))
         groups.append(tuple(records))
     return tuple(groups)
 

@@ -25,8 +25,6 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
-from zokernels.binding import Binding, BoundParameter
-
 # Parameters of at most this many elements (norm weights, biases, small tables) are displaced in
 # float32 whatever their dtype: eps * z is below one bfloat16 ulp of a norm weight near 1.
 SMALL = 1 << 16
@@ -220,6 +218,47 @@ class LazyParameter(Tensor):
             formed = formed.view(coeffs.shape[0], *self.stored_shape)
             return formed.transpose(-1, -2) if self.transposed else formed
 
+    def product(self, x: Tensor, bias: Tensor | None, shared: bool, flip: bool) -> Tensor:
+        """``x @ W_g^T + bias_g`` for every branch (``x @ W_g`` with ``flip``), ``[G, ..., out]``.
+
+        Args:
+            x: physical, ``[G, ..., in]`` or, ``shared``, ``[..., in]``.
+            bias: ``[out]`` for all branches, ``[G, out]`` or None.
+            shared: all branches have the same ``x``.
+            flip: in addition to the view's own transposition.
+        """
+        seeds, coeffs = self.state.terms(self.parameter, self.matrix.device)
+        y: Tensor = _ops.linear(
+            x,
+            self.matrix,
+            bias if bias is None or bias.dim() == 2 else bias.expand(coeffs.shape[0], -1),
+            seeds,
+            coeffs,
+            self.param_id,
+            self.row_offset,
+            0,
+            self.state.distribution,
+            shared,
+            self.transposed ^ flip,
+        )
+        return y
+
+    def lookup(self, ids: Tensor, shared: bool) -> Tensor:
+        """Rows ``ids`` (``[...]`` or ``[G, ...]``) of every branch: ``[G, ..., cols]``."""
+        seeds, coeffs = self.state.terms(self.parameter, self.matrix.device)
+        rows: Tensor = _ops.embedding(
+            ids,
+            self.matrix,
+            seeds,
+            coeffs,
+            self.param_id,
+            self.row_offset,
+            0,
+            self.state.distribution,
+            shared,
+        )
+        return rows
+
     def form(self, dtype: torch.dtype) -> Tensor:
         """The displaced tensor as the evaluated function sees it; counted."""
         self.state.materialised[self.parameter] += 1
@@ -239,50 +278,20 @@ class LazyParameter(Tensor):
         """A cached lazy view."""
         found = self.views.get(key)
         if found is None:
-            found = self.views[key] = LazyParameter(
-                self.state,
-                self.parameter,
-                self.param_id,
-                source,
-                matrix,
-                self.row_offset + row,
-                self.transposed ^ flip,
-            )
+            found = self.views[key] = self._view(source, matrix, row, self.transposed ^ flip)
         return found
 
-
-def lazy_parameter(state: State, bound: BoundParameter) -> LazyParameter:
-    """The lazy stand-in of a bound parameter."""
-    source = bound.tensor.detach()
-    return LazyParameter(state, bound.name, bound.id, source, source.reshape(bound.matrix))
-
-
-class Lazy:
-    """The state of a binding and one lazy parameter per distinct parameter."""
-
-    def __init__(self, binding: Binding) -> None:
-        self.state = State()
-        self.params: dict[str, LazyParameter] = {}
-        self._layouts: dict[str, tuple[int, tuple[int, ...]] | None] = {}
-        self.follow(binding)
-
-    @property
-    def copied(self) -> list[str]:
-        """Names of the parameters whose matrix is a copy."""
-        return [name for name, layout in self._layouts.items() if layout is None]
-
-    def follow(self, binding: Binding) -> None:
-        """Renew the stand-ins of parameters that changed storage or layout (``p.data = ...``).
-
-        A parameter that cannot be viewed as its matrix (a channels-last convolution) is copied, so
-        its stand-in is renewed every time.
-        """
-        for p in binding.params:
-            layout = (p.tensor.data_ptr(), p.tensor.stride())
-            if self._layouts.get(p.name) != layout:
-                lazy = self.params[p.name] = lazy_parameter(self.state, p)
-                shares = lazy.matrix.data_ptr() == layout[0]
-                self._layouts[p.name] = layout if shares else None
+    def _view(self, source: Tensor, matrix: Tensor, row: int, transposed: bool) -> LazyParameter:
+        """A view whose first row is ``row`` of this one's."""
+        return LazyParameter(
+            self.state,
+            self.parameter,
+            self.param_id,
+            source,
+            matrix,
+            self.row_offset + row,
+            transposed,
+        )
 
 
 # (func, args, kwargs) -> result, or NotImplemented for the generic path.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
+from zokernels.lazy.masked import MaskedLazyParameter
 from zokernels.lazy.parameter import LazyParameter, State, autocast_dtype, handles, no_derivative
 from zokernels.lazy.views import rows_of
 from zokernels.losses import linear_cross_entropy
@@ -17,18 +18,14 @@ _ops = torch.ops.zokernels
 
 
 def _vector(bias: Any, state: State) -> Any:
-    """A bias as ``[G, out]``, None, or NotImplemented when it is neither lazy nor plain."""
+    """A bias as ``[G, out]`` or ``[out]``, None, or NotImplemented for anything else."""
     if bias is None:
         return None
     if isinstance(bias, LazyParameter):
         return bias.branches(torch.float32) if bias.dim() == 1 else NotImplemented
     if bias.dim() != 1:
         return NotImplemented
-    physical, shared = state.lower(bias)
-    if not shared:
-        return physical
-    assert state.coeffs is not None
-    return physical.expand(state.coeffs.shape[0], -1)
+    return state.lower(bias)[0]
 
 
 def _linear(x: Any, weight: LazyParameter, bias: Any, flip: bool) -> Any:
@@ -50,21 +47,7 @@ def _linear(x: Any, weight: LazyParameter, bias: Any, flip: bool) -> Any:
         if rows is NotImplemented:
             return NotImplemented
         physical, shared = state.lower(x)
-        seeds, coeffs = state.terms(weight.parameter, weight.matrix.device)
-        y = _ops.linear(
-            physical,
-            weight.matrix,
-            rows,
-            seeds,
-            coeffs,
-            weight.param_id,
-            weight.row_offset,
-            0,
-            state.distribution,
-            shared,
-            weight.transposed ^ flip,
-        )
-        return state.lift(y)
+        return state.lift(weight.product(physical, rows, shared, flip))
 
 
 @handles(F.linear)
@@ -131,19 +114,7 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             ids, shared = state.lower(input)
             if ids.dtype not in (torch.int64, torch.int32):
                 return NotImplemented
-            seeds, coeffs = state.terms(weight.parameter, weight.matrix.device)
-            rows = _ops.embedding(
-                ids,
-                weight.matrix,
-                seeds,
-                coeffs,
-                weight.param_id,
-                weight.row_offset,
-                0,
-                state.distribution,
-                shared,
-            )
-            return state.lift(rows)
+            return state.lift(weight.lookup(ids, shared))
 
     return call(*args, **kwargs)
 
@@ -201,6 +172,10 @@ def _linear_cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         or x.dtype != weight.dtype
     ):
         return NotImplemented
+    if isinstance(weight, MaskedLazyParameter):
+        return F.cross_entropy(
+            F.linear(x, weight, bias).float(), targets, ignore_index=kwargs["ignore_index"]
+        )
     with DisableTorchFunctionSubclass():
         labels, same = state.lower(targets)
         rows = _vector(bias, state)
@@ -208,6 +183,8 @@ def _linear_cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
             return NotImplemented
         physical, shared = state.lower(x)
         seeds, coeffs = state.terms(weight.parameter, weight.matrix.device)
+        if rows is not None and rows.dim() == 1:
+            rows = rows.expand(coeffs.shape[0], -1)
         losses = _ops.linear_cross_entropy(
             physical,
             weight.matrix,
