@@ -30,6 +30,8 @@ def _restore() -> Iterator[None]:
     yield
     cpp.use_instruction_set(isa)
     cpp.set_tile_sizes()
+    cpp.set_fused_tokens()
+    cpp.widen_products()
     torch.set_num_threads(threads)
 
 
@@ -198,6 +200,9 @@ def test_weights_of_a_product_do_not_depend_on_tiles(dtype: torch.dtype, transpo
     place = (seeds, c, PID, 1, 100, "gaussian")
     want = K["displace"](w, *place, "nearest", None)
     x = torch.eye(130 if transposed else 700, dtype=dtype)
+    fused = K["linear"](x, w, None, *place, True, transposed)
+    assert torch.equal(fused if transposed else fused.transpose(1, 2), want)
+    cpp.set_fused_tokens(0)
     for tile, threads in itertools.product([(1, 1), (1 << 16, 16), (1 << 30, 4096)], [1, 3]):
         cpp.set_tile_sizes(tile_bytes=tile[0], min_rows=tile[1])
         torch.set_num_threads(threads)
@@ -211,6 +216,7 @@ def test_products_agree_across_tiles_and_threads() -> None:
     targets = torch.arange(70) * 11
     seeds, c = seeds_of(1), table(2, 1)
     y0 = loss0 = None
+    cpp.set_fused_tokens(0)
     for tile, threads in itertools.product([(1, 1), (1 << 16, 16), (1 << 30, 4096)], [1, 3]):
         cpp.set_tile_sizes(tile_bytes=tile[0], min_rows=tile[1])
         torch.set_num_threads(threads)
@@ -255,6 +261,93 @@ def test_many_tokens_take_several_blocks() -> None:
         torch.testing.assert_close(loss[0].double(), want, rtol=1e-3, atol=0)
 
 
+# --- fused products -------------------------------------------------------------------------------
+
+
+def exact_product(
+    x: Tensor, w: Tensor, bias: Tensor, rest: tuple[object, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """In float64 from the displaced weights, and torch's own in ``dtype``."""
+    seeds, c, *place = rest
+    formed = K["displace"](w, seeds, c, *place, "nearest", None)
+    exact = torch.stack([F.linear(a.double(), b.double()) for a, b in zip(x, formed, strict=True)])
+    own = torch.stack([F.linear(a, b) for a, b in zip(x, formed, strict=True)])
+    return exact + bias[:, None].double(), (own.float() + bias[:, None]).to(dtype)
+
+
+@pytest.mark.skipif(ISAS == ["portable"], reason="no fused kernel is compiled")
+@pytest.mark.parametrize("isa", [i for i in ISAS if i != "portable"])
+@pytest.mark.parametrize("shape", [(1, 7, 5), (8, 48, 64), (33, 50, 3001), (70, 97, 2050)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_products_lose_no_more_than_torch(
+    dtype: torch.dtype, shape: tuple[int, int, int], isa: str
+) -> None:
+    tokens, fan_out, fan_in = shape
+    cpp.use_instruction_set(isa)
+    cpp.set_fused_tokens(1 << 30)
+    if isa == "avx2":
+        cpp.widen_products(bf16=True, f16=True)  # it has no product of bfloat16 pairs
+    assert cpp.product_plan(fan_in, fan_out, tokens, 3, dtype, False, 1).fused
+    x, w = rand(3, tokens, fan_in, dtype=dtype), rand(fan_out, fan_in, dtype=dtype) * 0.1
+    bias, targets = rand(3, fan_out), torch.arange(tokens) % fan_out
+    rest = (seeds_of(2), table(3, 2), PID, 3, 7, "gaussian")
+    exact, own = exact_product(x, w, bias, rest, dtype)
+    y = K["linear"](x, w, bias, *rest, False, False)
+    rounding = torch.finfo(dtype).eps * float(exact.abs().max())
+    lost = float((own.double() - exact).abs().max())
+    assert float((y.double() - exact).abs().max()) <= 2 * lost + rounding
+    loss = K["linear_cross_entropy"](x, w, bias, targets, *rest, False, -100)
+    want = torch.stack([F.cross_entropy(e, targets) for e in exact])
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=0)
+
+
+@pytest.mark.skipif(ISAS == ["portable"], reason="no fused kernel is compiled")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_products_do_not_depend_on_threads_or_other_branches(
+    dtype: torch.dtype, shared: bool
+) -> None:
+    x, w, bias = rand(2, 70, 300, dtype=dtype), rand(333, 300, dtype=dtype), rand(2, 333)
+    x = x[0] if shared else x
+    targets = (torch.arange(70) * 5) % 333
+    seeds, c = seeds_of(1), table(2, 1)
+    at = (PID, 0, 0, "gaussian", shared)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        y = K["linear"](x, w, bias, seeds, c, *at, False)
+        loss = K["linear_cross_entropy"](x, w, bias, targets, seeds, c, *at, -100)
+        results.append([bits(y), bits(loss)])
+    all_equal(results[1], results[0])
+    one = K["linear"](x if shared else x[1:], w, bias[1:], seeds, c[1:], *at, False)
+    assert torch.equal(bits(one[0]), bits(K["linear"](x, w, bias, seeds, c, *at, False)[1]))
+
+
+@pytest.mark.skipif(len(ISAS) < 3, reason="one instruction set has a fused kernel")
+def test_fused_products_in_float32_agree_across_instruction_sets() -> None:
+    x, w, bias = rand(2, 70, 600), rand(100, 600), rand(2, 100)
+    results = []
+    for isa in ("avx512", "avx2"):
+        cpp.use_instruction_set(isa)
+        y = K["linear"](x, w, bias, seeds_of(1), table(2, 1), PID, 0, 0, "gaussian", False, False)
+        results.append([bits(y)])
+    all_equal(results[1], results[0])
+
+
+def test_fused_losses_of_non_finite_logits_are_torch_s() -> None:
+    """Infinite and NaN logits give what torch gives; masked vocabulary rows of -inf are fine."""
+    x, targets = torch.ones(16, 4), torch.arange(16) % 3
+    rest = (seeds_of(1), torch.zeros(1, 1), PID, 0, 0, "rademacher", True, -100)
+    for value in (float("inf"), float("nan"), float("-inf")):
+        w = rand(500, 4)
+        bias = torch.zeros(1, 500)
+        bias[0, 100:200] = value
+        loss = K["linear_cross_entropy"](x, w, bias, targets, *rest)
+        want = F.cross_entropy(F.linear(x, w) + bias[0], targets)
+        torch.testing.assert_close(loss[0], want, rtol=1e-6, atol=0, equal_nan=True)
+
+
 # --- updates --------------------------------------------------------------------------------------
 
 
@@ -275,6 +368,24 @@ def test_replay_is_the_steps_bit_for_bit(isa: str, distribution: str, dtype: tor
         one = slice(k, k + 1)
         K["update_"](apart, seeds[one], c[one], decay[one], None, *tail)
     all_equal([bits(p) for p in params], [bits(p) for p in apart])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_updates_of_whole_groups_are_those_of_any_parts(isa: str, dtype: torch.dtype) -> None:
+    """Columns end after a pair of groups of 256, after half a pair, and inside a group."""
+    cpp.use_instruction_set(isa)
+    seeds, c = seeds_of(2), table(1, 2)[0]
+    for cols in (256, 512, 768, 1000):
+        whole = rand(3, cols, dtype=dtype)
+        whole[0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")]).to(dtype)
+        parts = whole.clone()
+        at = ("gaussian", "stochastic")
+        K["update_"]([whole], seeds, c, None, None, [PID], [], [], *at)
+        for begin, end in itertools.pairwise((0, 100, 131, cols)):
+            K["update_"]([parts[:, begin:end]], seeds, c, None, None, [PID], [0], [begin], *at)
+        all_equal([bits(whole)], [bits(parts)])
+        assert torch.isnan(whole[0, 0]) and whole[0, 1:3].isinf().all()
 
 
 def test_arguments_may_be_strided() -> None:

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 import zokernels as zo
+from zokernels import cpp
 from zokernels.planner import plan_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tokens", [1, 64, 5000])
+@pytest.mark.parametrize("tokens", [1, 5000])
 @pytest.mark.parametrize(
     ("rows", "cols"), [(768, 768), (3072, 768), (50272, 768), (1, 5), (300, 1)]
 )
@@ -28,6 +29,17 @@ def test_tiles_cover_the_outputs_in_bounded_scratch(
     # The least tile (64 or 256 outputs) of a long row may exceed the target of 8 MiB a thread.
     least = 2 * (rows if transposed else cols) * 4 * (256 if transposed else 64)
     assert plan.scratch_bytes <= 2 * max(8 << 20, least)
+
+
+@pytest.mark.skipif(cpp.instruction_set() == "portable", reason="no fused kernel is compiled")
+def test_few_tokens_are_fused_in_less_than_a_cache() -> None:
+    for rows, cols in ((768, 768), (50272, 768), (4096, 14336), (5, 3)):
+        plan = plan_linear(rows, cols, tokens=64, threads=2)
+        assert plan.kind == "fused"
+        assert plan.tiles * plan.tile_outputs >= rows > (plan.tiles - 1) * plan.tile_outputs
+        assert (plan.noise, plan.weight_bytes) == (rows * cols, rows * cols * 4)
+        assert plan.scratch_bytes <= 2 * (1 << 17)
+    assert plan_linear(768, 768, tokens=64, transposed=True).kind == "tiles"
 
 
 def test_the_reference_forms_a_branch_whole() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ _library.zokernels_cpu_isa.restype = ctypes.c_char_p
 _library.zokernels_cpu_isas.restype = ctypes.c_char_p
 _library.zokernels_cpu_select.argtypes = [ctypes.c_char_p]
 _library.zokernels_cpu_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64]
+_library.zokernels_cpu_fused.argtypes = [ctypes.c_int64]
 _library.zokernels_cpu_generate.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int64]
 _library.zokernels_cpu_generate.restype = ctypes.c_float
 
@@ -82,7 +84,25 @@ def set_tile_sizes(*, tile_bytes: int = 4 << 20, min_rows: int = 64) -> None:
     _library.zokernels_cpu_tiles(tile_bytes, min_rows)
 
 
-def tile_plan(
+def set_fused_tokens(most: int = -1) -> None:
+    """Up to how many tokens a branch a product goes without tiles: 0 never, -1 where it is faster.
+
+    For measurements and tests.
+    """
+    _library.zokernels_cpu_fused(most)
+
+
+class ProductPlan(NamedTuple):
+    """How ``linear`` cuts a product into tasks; see ``csrc/cpu/products.h``."""
+
+    fused: bool
+    outputs: int
+    tiles: int
+    token_blocks: int
+    held_bytes: int
+
+
+def product_plan(
     fan_in: int,
     fan_out: int,
     tokens: int,
@@ -90,13 +110,13 @@ def tile_plan(
     dtype: torch.dtype,
     transposed: bool,
     threads: int,
-) -> tuple[int, int, int, int]:
-    """Outputs a tile, tiles, token blocks and bytes of a tile, as ``linear`` chooses them."""
-    out = (ctypes.c_int64 * 4)()
+) -> ProductPlan:
+    """The plan ``linear`` chooses: outputs a task, tasks, token blocks, bytes a task holds."""
+    out = (ctypes.c_int64 * 5)()
     _library.zokernels_cpu_plan(
         fan_in, fan_out, tokens, branches, _DTYPE[dtype], int(transposed), threads, out
     )
-    return out[0], out[1], out[2], out[3]
+    return ProductPlan(bool(out[0]), out[1], out[2], out[3], out[4])
 
 
 def generate(distribution: str, seed: int, groups: int) -> float:
@@ -119,11 +139,17 @@ if _asked:
     except (ValueError, RuntimeError) as error:
         # Not an error the registry would keep as a reason and go on without: it was asked for.
         raise ValueError(f"ZOKERNELS_CPU: {error}") from None
-# Where torch has no fast product for a half type, its tiles are multiplied in float32.
-_library.zokernels_cpu_widen(
-    int(not _vendor_supports("_is_mkldnn_bf16_supported")),
-    int(not _vendor_supports("_is_mkldnn_fp16_supported")),
-)
+
+
+def widen_products(*, bf16: bool | None = None, f16: bool | None = None) -> None:
+    """Multiply tiles of a half type in float32: True, False, or None where torch is slow at it."""
+    _library.zokernels_cpu_widen(
+        int(not _vendor_supports("_is_mkldnn_bf16_supported") if bf16 is None else bf16),
+        int(not _vendor_supports("_is_mkldnn_fp16_supported") if f16 is None else f16),
+    )
+
+
+widen_products()
 
 
 def _written(tensors: list[Tensor]) -> None:

@@ -2,6 +2,9 @@
 
 Plans, all giving the same numbers:
 
+``fused``
+    Few tokens: some rows are displaced for all branches into the first cache and multiplied there;
+    no displaced weight reaches memory (CPU with AVX2 or AVX-512).
 ``tiles``
     A tile of output rows is displaced for all branches into scratch that stays in the cache, and
     the vendor's matrix product multiplies it (CPU; measurements in ``csrc/README.md``).
@@ -23,7 +26,7 @@ class LinearPlan:
     """The plan of one product ``[G, tokens, fan_in] x [fan_in, fan_out]``.
 
     Attributes:
-        kind: ``"tiles"`` or ``"whole"``.
+        kind: ``"fused"``, ``"tiles"`` or ``"whole"``.
         tile_outputs: outputs (rows of the weight, columns of a transposed one) a tile holds.
         tiles: number of tiles; token_blocks: blocks of tokens that draw a tile's noise again.
         scratch_bytes: displaced weights that exist at once, on all threads.
@@ -76,11 +79,11 @@ def plan_linear(
         from zokernels import cpp
 
         workers = threads or torch.get_num_threads()
-        outputs, tiles, blocks, tile_bytes = cpp.tile_plan(
-            fan_in, fan_out, tokens, branches, dtype, transposed, workers
-        )
-        kind, held = "tiles", tile_bytes * min(workers, tiles * blocks)
-    again = blocks if kind == "tiles" else branches
+        found = cpp.product_plan(fan_in, fan_out, tokens, branches, dtype, transposed, workers)
+        kind = "fused" if found.fused else "tiles"
+        outputs, tiles, blocks = found.outputs, found.tiles, found.token_blocks
+        held = found.held_bytes * min(workers, tiles * blocks)
+    again = branches if kind == "whole" else blocks
     return LinearPlan(
         kind=kind,
         tile_outputs=outputs,

@@ -47,6 +47,15 @@ std::atomic<const Kernels*>& current() {
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
+const Micro* pair_micro() {
+#if defined(ZK_X86)
+  static const bool supported =
+      __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16");
+  if (supported && &kernels() == &kernels_avx512()) return micro_avx512bf16();
+#endif
+  return nullptr;
+}
+
 SelectStatus select_isa(const char* name) {
   for (const Choice& c : choices())
     if (std::strcmp(c.table->name, name) == 0) {

@@ -69,6 +69,52 @@ struct UpdateArgs {
   Rounding rounding = Rounding::nearest;
 };
 
+// One call of the innermost loop of a product: kMicroRows rows of weights, some vectors of tokens,
+// all in 32-bit words (a float32, or two bfloat16).
+constexpr int kMicroRows = 6, kMicroVectors = 4;
+
+struct MicroArgs {
+  const float* x;  // [depth, >= 16 vectors], rows x_stride words apart
+  int64_t x_stride;
+  const uint32_t* w;  // [kMicroRows, depth]
+  int64_t w_stride, depth;
+  float* c;  // [kMicroRows, >= 16 vectors]
+  int64_t c_stride;
+  bool first;  // c is written, not added to
+};
+using Micro = void (*)(const MicroArgs&);
+
+inline int64_t padded_tokens(int64_t tokens) { return (tokens + 15) / 16 * 16; }
+inline int64_t micro_rows(int64_t rows) {
+  return (rows + kMicroRows - 1) / kMicroRows * kMicroRows;
+}
+
+// Columns of a weight that are displaced and multiplied at a time.
+constexpr int64_t kProductDepth = 2048;
+
+// c[g, r, t] = sum_k W_g[r, k] x[g, t, k]
+struct ProductArgs {
+  DisplaceArgs weights;      // out_dtype: the type of the product, float32 or bfloat16
+  const float* x = nullptr;  // packed, [branches or 1] times packed_words
+  bool shared = false;       // one x for all branches
+  int64_t tokens = 0;
+  int64_t fill = kMicroRows;     // rows displaced at a time, a multiple of kMicroRows
+  const Micro* micro = nullptr;  // by number of vectors; null: float32
+
+  int64_t packed_words() const {
+    const bool pairs = weights.out_dtype == DType::bf16;
+    return padded_tokens(tokens) * (pairs ? (weights.w.cols + 1) / 2 : weights.w.cols);
+  }
+  int64_t scratch_bytes() const {
+    const int64_t cols = weights.w.cols < kProductDepth ? weights.w.cols : kProductDepth;
+    return weights.branches * fill * ((cols + 1) / 2 * 2) * dtype_size(weights.out_dtype);
+  }
+  // Floats of c for a number of rows.
+  int64_t sums(int64_t rows) const {
+    return weights.branches * micro_rows(rows) * padded_tokens(tokens);
+  }
+};
+
 struct Kernels {
   const char* name;
   // z of a region whose element (0, 0) has the place's offsets; float32, rows `out_stride` apart.
@@ -91,12 +137,31 @@ struct Kernels {
                    DType bias_dtype);
   // Contiguous conversion with rounding to nearest.
   void (*convert)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t count);
+
+  // Products for few tokens; null where there is no kernel (portable).
+  // Tokens 16 group .. 16 group + 15 of one branch's x [tokens, fan_in] into its packed form.
+  void (*pack_tokens)(const void* x, DType, int64_t tokens, int64_t fan_in, int64_t group,
+                      DType compute, float* packed) = nullptr;
+  // Rows [begin, end) of all branches: c [branches, micro_rows(end - begin), padded tokens].
+  void (*product)(const ProductArgs&, int64_t begin, int64_t end, void* scratch,
+                  float* c) = nullptr;
+  // y[t, r] = round(c[r, t] + bias[r]); rows of y `stride` apart; bias may be null.
+  void (*write_product)(const float* c, int64_t rows, int64_t tokens, void* y, DType,
+                        int64_t stride, const void* bias, DType bias_dtype) = nullptr;
+  // c[r, t] += bias[r]
+  void (*add_row_bias)(float* c, int64_t rows, int64_t padded, const void* bias,
+                       DType bias_dtype) = nullptr;
+  // Takes rows of logits c [rows, padded tokens] into the running maximum `top` (initially
+  // -infinity) and sum of exp(logit - top) `total` (0) of every token.
+  void (*softmax_rows)(const float* c, int64_t rows, int64_t tokens, float* top,
+                       float* total) = nullptr;
 };
 
 const Kernels& kernels_portable();
 #if defined(ZK_X86)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Micro* micro_avx512bf16();
 #endif
 
 }  // namespace zk

@@ -839,7 +839,7 @@ void convert(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t
 
 }  // namespace
 
-#define ZK_KERNEL_TABLE(name) \
-  {name, sample, displace, update, project, generate, softmax_stats, add_bias, convert}
+#define ZK_KERNEL_TABLE(name, ...) \
+  {name, sample, displace, update, project, generate, softmax_stats, add_bias, convert, __VA_ARGS__}
 
 }  // namespace zk

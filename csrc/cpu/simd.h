@@ -198,6 +198,39 @@ ZK_INLINE U bf16_stochastic_bits(F a, U r16) {
 }
 ZK_INLINE F fp16_round(F a) { return {_mm512_cvtph_ps(narrow(a, Fp16{}))}; }
 
+// v[i] lane j becomes v[j] lane i.
+ZK_INLINE void transpose16(F v[16]) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+  const auto pair = [](__m512 x, __m512 y, bool upper) {
+    const __m512d p = _mm512_castps_pd(x), q = _mm512_castps_pd(y);
+    return _mm512_castpd_ps(upper ? _mm512_unpackhi_pd(p, q) : _mm512_unpacklo_pd(p, q));
+  };
+  // b[i + c]: column c, 4 + c, 8 + c, 12 + c of rows i .. i + 3 in its four quarters.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = pair(a[i], a[i + 2], false);
+    b[i + 1] = pair(a[i], a[i + 2], true);
+    b[i + 2] = pair(a[i + 1], a[i + 3], false);
+    b[i + 3] = pair(a[i + 1], a[i + 3], true);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xEE);
+    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x44);
+    const __m512 high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xEE);
+    v[c] = {_mm512_shuffle_f32x4(low01, low23, 0x88)};
+    v[4 + c] = {_mm512_shuffle_f32x4(low01, low23, 0xDD)};
+    v[8 + c] = {_mm512_shuffle_f32x4(high01, high23, 0x88)};
+    v[12 + c] = {_mm512_shuffle_f32x4(high01, high23, 0xDD)};
+  }
+}
+
 ZK_INLINE D zero_doubles() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
 // c + a b in double.
 ZK_INLINE D fma_double(F a, F b, D c) {
@@ -388,6 +421,42 @@ ZK_INLINE U bf16_stochastic_bits(F x, U r16) {
 ZK_INLINE F fp16_round(F x) {
   return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)),
           _mm256_cvtph_ps(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+
+// Rows and columns of eight: v[i] lane j becomes v[j] lane i.
+ZK_INLINE void transpose8(__m256 v[8]) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    v[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+ZK_INLINE void transpose16(F v[16]) {
+  __m256 q[4][8];
+  for (int i = 0; i < 8; ++i) {
+    q[0][i] = v[i].a;
+    q[1][i] = v[i].b;
+    q[2][i] = v[8 + i].a;
+    q[3][i] = v[8 + i].b;
+  }
+  for (auto& block : q) transpose8(block);
+  for (int i = 0; i < 8; ++i) {
+    v[i] = {q[0][i], q[2][i]};
+    v[8 + i] = {q[1][i], q[3][i]};
+  }
 }
 
 ZK_INLINE D zero_doubles() {
