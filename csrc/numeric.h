@@ -124,7 +124,7 @@ ZK_HD float fp16_stochastic(float x, uint32_t r16) {
   const uint32_t mag = u & 0x7FFFFFFFu;
   if (mag >= 0x7F800000u) return x;
   if (mag >= 0x38800000u) return bits_float((u + (r16 >> 3)) & 0xFFFFE000u);
-  const float t = floorf(bits_float(mag) * 0x1p24f + static_cast<float>(r16) * 0x1p-16f);
+  const float t = floorf(bits_float(mag) * 0x1p24f + static_cast<float>(r16 >> 3) * 0x1p-13f);
   return bits_float(float_bits(t * 0x1p-24f) | (u & 0x80000000u));
 }
 

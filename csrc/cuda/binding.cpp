@@ -1,0 +1,314 @@
+// Ops of the CUDA backend over LibTorch's stable ABI, in the namespace `zokernels_cuda`. They write
+// into tensors that zokernels/_cuda_ops.py allocated; arguments have passed zokernels/_checks.py.
+// With ZK_EMULATE the same file binds the kernels' emulation to CPU tensors, for the tests.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(ZK_EMULATE)
+#define ZK_NAMESPACE zokernels_cuda_emulated
+#else
+#include <torch/csrc/stable/accelerator.h>
+#define ZK_NAMESPACE zokernels_cuda
+#endif
+
+namespace zk {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raised by zokernels_abi_version() and checked by the loader.
+constexpr int kAbiVersion = 2;
+
+#if defined(ZK_EMULATE)
+struct Guard {
+  explicit Guard(const Tensor&) {}
+};
+#else
+struct Guard {
+  explicit Guard(const Tensor& t) : guard(t.get_device()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+#endif
+
+void check(const char* error) {
+  if (error) throw std::runtime_error(std::string("zokernels: CUDA: ") + error);
+}
+
+void* stream_of(int64_t stream) { return reinterpret_cast<void*>(static_cast<uintptr_t>(stream)); }
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      throw std::runtime_error("zokernels: a tensor is not float32, bfloat16 or float16");
+  }
+}
+
+int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+Place place_of(int64_t param_id, int64_t row_offset, int64_t col_offset) {
+  return {col_offset, static_cast<uint32_t>(row_offset), static_cast<uint32_t>(param_id)};
+}
+
+// Whether runs of `columns` columns that begin at multiples of `columns` in the parameter are
+// adjacent and aligned.
+bool aligned_runs(const void* data, DType dtype, int64_t col_stride, int64_t col_offset,
+                  int64_t columns, std::initializer_list<int64_t> strides) {
+  if (col_stride != 1) return false;
+  const auto start = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)) -
+                     col_offset % columns * size_of(dtype);
+  bool fits = start % (columns * size_of(dtype)) == 0;
+  for (const int64_t s : strides) fits = fits && s % columns == 0;
+  return fits;
+}
+
+// A tensor as the contract's matrix; its rows must have one stride.
+Matrix matrix_of(const Tensor& t, int64_t col_offset, int64_t columns) {
+  Matrix m;
+  const int64_t dims = t.dim();
+  m.data = static_cast<char*>(t.data_ptr());
+  m.dtype = dtype_of(t);
+  m.cols = dims ? t.size(dims - 1) : 1;
+  m.col_stride = dims && m.cols != 1 ? t.stride(dims - 1) : 1;
+  m.rows = 1;
+  for (int64_t d = dims - 2; d >= 0; --d) {
+    const int64_t size = t.size(d), stride = t.stride(d);
+    if (size == 1) continue;
+    if (m.rows == 1)
+      m.row_stride = stride;
+    else if (stride != m.rows * m.row_stride)
+      throw std::runtime_error("zokernels: the rows of a tensor have no single stride");
+    m.rows *= size;
+  }
+  m.vec = aligned_runs(m.data, m.dtype, m.col_stride, col_offset, columns,
+                       {m.rows == 1 ? 0 : m.row_stride});
+  return m;
+}
+
+Seeds seeds_of(const Tensor& seeds) {
+  return {static_cast<const int64_t*>(seeds.data_ptr()), seeds.numel()};
+}
+
+const float* floats_of(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->data_ptr()) : nullptr;
+}
+
+// out [branches, rows, cols] with adjacent columns; w none: zeros; ids choose rows of w.
+void displace_(Tensor out, std::optional<Tensor> w, Tensor seeds, std::optional<Tensor> coeffs,
+               std::optional<Tensor> ids, bool own_ids, int64_t param_id, int64_t row_offset,
+               int64_t col_offset, int64_t distribution, bool stochastic, int64_t stream) {
+  const Guard guard(out);
+  DisplaceArgs a;
+  a.out_dtype = dtype_of(out);
+  const bool wide = a.out_dtype == DType::f32 || (w && dtype_of(*w) == DType::f32);
+  const int64_t columns = wide ? 4 : 8;
+  if (w)
+    a.w = matrix_of(*w, col_offset, columns);
+  else
+    a.w.cols = out.size(2);
+  a.place = place_of(param_id, row_offset, col_offset);
+  a.cut = cut_columns(col_offset, a.w.cols, false);
+  a.distribution = static_cast<Distribution>(distribution);
+  a.out = static_cast<char*>(out.data_ptr());
+  a.out_rows = out.size(1);
+  a.out_row_stride = out.stride(1);
+  a.out_branch_stride = out.stride(0);
+  a.out_vec = aligned_runs(
+      a.out, a.out_dtype, 1, col_offset, columns,
+      {a.out_rows == 1 ? 0 : a.out_row_stride, out.size(0) == 1 ? 0 : a.out_branch_stride});
+  if (ids) {
+    a.ids = ids->data_ptr();
+    a.wide_ids = ids->scalar_type() == ScalarType::Long;
+    a.own_ids = own_ids;
+  }
+  a.terms = seeds_of(seeds);
+  a.coeffs = floats_of(coeffs);
+  a.branches = out.size(0);
+  a.stochastic = stochastic;
+  check(displace(a, stream_of(stream)));
+}
+
+// The entries of one column width, numbered through.
+struct Tables {
+  Tables(const std::vector<Tensor>& tensors, const std::vector<int64_t>& param_ids,
+         const std::vector<int64_t>& row_offsets, const std::vector<int64_t>& col_offsets,
+         int columns, bool pairs) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (columns_of(dtype_of(tensors[i])) != columns) continue;
+      Entry e;
+      const int64_t col0 = col_offsets.empty() ? 0 : col_offsets[i];
+      e.m = matrix_of(tensors[i], col0, columns);
+      e.place = place_of(param_ids[i], row_offsets.empty() ? 0 : row_offsets[i], col0);
+      e.cut = cut_columns(col0, e.m.cols, pairs);
+      e.first_tile = tiles;
+      const int64_t own = tiles_of(e.m.rows, e.cut, columns);
+      if (own == 0) continue;
+      tiles += own;
+      entries.push_back(e);
+    }
+  }
+  Table to_device(char* memory, void* stream) const {
+    auto* device = reinterpret_cast<Entry*>(memory);
+    const int count = static_cast<int>(entries.size());
+    check(fill_table(entries.data(), count, device, stream));
+    return {device, count, tiles};
+  }
+  std::vector<Entry> entries;
+  int64_t tiles = 0;
+};
+
+constexpr int kColumns[2] = {8, 4};
+
+// `table`: scratch of table_bytes(len(params)).
+void update_(std::vector<Tensor> params, Tensor seeds, Tensor coeffs, std::optional<Tensor> decay,
+             std::optional<Tensor> ends, std::vector<int64_t> param_ids,
+             std::vector<int64_t> row_offsets, std::vector<int64_t> col_offsets,
+             int64_t distribution, bool stochastic, Tensor table, int64_t stream) {
+  const Guard guard(table);
+  UpdateArgs a;
+  a.distribution = static_cast<Distribution>(distribution);
+  a.terms = seeds_of(seeds);
+  a.coeffs = static_cast<const float*>(coeffs.data_ptr());
+  a.decay = floats_of(decay);
+  a.ends = ends ? static_cast<const uint8_t*>(ends->data_ptr()) : nullptr;
+  a.stochastic = stochastic;
+  if (a.terms.count == 0) return;
+  // Both tables are made before anything is written: a layout that is refused changes nothing.
+  const Tables tables[2] = {{params, param_ids, row_offsets, col_offsets, kColumns[0], stochastic},
+                            {params, param_ids, row_offsets, col_offsets, kColumns[1], false}};
+  auto* memory = static_cast<char*>(table.data_ptr());
+  for (int i = 0; i < 2; ++i) {
+    if (tables[i].tiles == 0) continue;
+    a.table = tables[i].to_device(memory, stream_of(stream));
+    memory += tables[i].entries.size() * sizeof(Entry);
+    check(update(a, kColumns[i], stream_of(stream)));
+  }
+}
+
+// Rows of the scratch `partial` that project_ needs.
+int64_t project_rows(std::vector<Tensor> vectors, std::vector<int64_t> col_offsets) {
+  const std::vector<int64_t> none(vectors.size(), 0);
+  int64_t rows = 0;
+  for (const int columns : kColumns)
+    rows += project_blocks(Tables(vectors, none, {}, col_offsets, columns, false).tiles);
+  return rows;
+}
+
+// out float32 [K]; partial float64 [project_rows, K].
+void project_(Tensor out, std::vector<Tensor> vectors, Tensor seeds, std::vector<int64_t> param_ids,
+              std::vector<int64_t> row_offsets, std::vector<int64_t> col_offsets,
+              int64_t distribution, Tensor table, Tensor partial, int64_t stream) {
+  const Guard guard(out);
+  ProjectArgs a;
+  a.distribution = static_cast<Distribution>(distribution);
+  a.terms = seeds_of(seeds);
+  auto* sums = static_cast<double*>(partial.data_ptr());
+  auto* memory = static_cast<char*>(table.data_ptr());
+  int64_t blocks = 0;
+  for (const int columns : kColumns) {
+    const Tables t(vectors, param_ids, row_offsets, col_offsets, columns, false);
+    if (t.tiles == 0) continue;
+    a.table = t.to_device(memory, stream_of(stream));
+    memory += t.entries.size() * sizeof(Entry);
+    a.partial = sums + blocks * a.terms.count;
+    check(project(a, columns, stream_of(stream)));
+    blocks += project_blocks(t.tiles);
+  }
+  check(project_sum(sums, blocks, a.terms.count, static_cast<float*>(out.data_ptr()),
+                    stream_of(stream)));
+}
+
+// y [branches, tokens, rows], x [branches or 1, tokens, cols], all contiguous; w 16-bit, aligned.
+void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
+             std::optional<Tensor> pending_seeds, std::optional<Tensor> pending_coeffs,
+             std::optional<Tensor> pending_decay, bool pending_stochastic, int64_t param_id,
+             int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared,
+             int64_t multiprocessors, int64_t stream) {
+  const Guard guard(y);
+  LinearArgs a;
+  a.w = matrix_of(w, col_offset, 8);
+  if (!a.w.vec || a.w.dtype == DType::f32 || a.w.cols % 8 || col_offset % kGaussianGroup)
+    throw std::runtime_error("zokernels: the fused product does not take this weight");
+  a.place = place_of(param_id, row_offset, col_offset);
+  a.distribution = static_cast<Distribution>(distribution);
+  a.x = static_cast<const char*>(x.data_ptr());
+  a.tokens = y.size(1);
+  a.branches = y.size(0);
+  a.x_branch_stride = shared ? 0 : a.tokens * a.w.cols;
+  if (bias) {
+    a.bias = bias->data_ptr();
+    a.bias_dtype = dtype_of(*bias);
+  }
+  a.y = static_cast<char*>(y.data_ptr());
+  a.terms = seeds_of(seeds);
+  a.coeffs = static_cast<const float*>(coeffs.data_ptr());
+  if (pending_seeds) {
+    a.pending = seeds_of(*pending_seeds);
+    a.pending_coeffs = floats_of(pending_coeffs);
+    a.pending_decay = floats_of(pending_decay);
+    a.pending_stochastic = pending_stochastic;
+  }
+  a.multiprocessors = static_cast<int>(multiprocessors);
+  check(linear(a, stream_of(stream)));
+}
+
+int64_t table_bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(Entry)); }
+
+}  // namespace
+}  // namespace zk
+
+STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
+  m.def(
+      "displace_(Tensor(a!) out, Tensor? w, Tensor seeds, Tensor? coeffs, Tensor? ids, "
+      "bool own_ids, int param_id, int row_offset, int col_offset, int distribution, "
+      "bool stochastic, int stream) -> ()");
+  m.def(
+      "update_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
+      "int[] param_ids, int[] row_offsets, int[] col_offsets, int distribution, bool stochastic, "
+      "Tensor(b!) table, int stream) -> ()");
+  m.def("project_rows(Tensor[] vectors, int[] col_offsets) -> int");
+  m.def(
+      "project_(Tensor(a!) out, Tensor[] vectors, Tensor seeds, int[] param_ids, "
+      "int[] row_offsets, int[] col_offsets, int distribution, Tensor(b!) table, "
+      "Tensor(c!) partial, int stream) -> ()");
+  m.def(
+      "linear_(Tensor(a!) y, Tensor x, Tensor(b!) w, Tensor? bias, Tensor seeds, Tensor coeffs, "
+      "Tensor? pending_seeds, Tensor? pending_coeffs, Tensor? pending_decay, "
+      "bool pending_stochastic, int param_id, int row_offset, int col_offset, int distribution, "
+      "bool shared, int multiprocessors, int stream) -> ()");
+  m.def("table_bytes(int count) -> int");
+}
+
+// Composite kernels run under every dispatch key, so autograd's fallback is not in the way; nothing
+// here is differentiable.
+STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeImplicitAutograd, m) {
+  m.impl("displace_", TORCH_BOX(&zk::displace_));
+  m.impl("update_", TORCH_BOX(&zk::update_));
+  m.impl("project_rows", TORCH_BOX(&zk::project_rows));
+  m.impl("project_", TORCH_BOX(&zk::project_));
+  m.impl("linear_", TORCH_BOX(&zk::linear_));
+  m.impl("table_bytes", TORCH_BOX(&zk::table_bytes));
+}
+
+// Called by zokernels/_load.py and zokernels/cuda.py through ctypes.
+extern "C" {
+__attribute__((visibility("default"))) int zokernels_abi_version() { return zk::kAbiVersion; }
+__attribute__((visibility("default"))) int zokernels_contract_version() {
+  return zk::kContractVersion;
+}
+// Null when this build has code that the current device runs; else what is wrong.
+__attribute__((visibility("default"))) const char* zokernels_cuda_probe() { return zk::probe(); }
+}

@@ -1,0 +1,152 @@
+// What a kernel may use of the machine: thread indices, barriers, shuffles, asynchronous copies,
+// the matrix unit, conversions. Compiled by nvcc these are the instructions; compiled by a host
+// compiler they are emulate.h's, so that the tests run the very same kernels without a GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../numeric.h"
+#include "types.h"
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define ZK_KERNEL __global__
+#define ZK_DEVICE __device__ __forceinline__
+#define ZK_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define ZK_UNROLL _Pragma("unroll")
+#define ZK_NO_UNROLL _Pragma("unroll 1")
+#else
+#define ZK_KERNEL
+#define ZK_DEVICE inline
+#define ZK_BOUNDS(threads, blocks)
+#define ZK_UNROLL
+#define ZK_NO_UNROLL
+#include "emulate.h"
+#endif
+
+namespace zk {
+
+#if defined(__CUDACC__)
+namespace dev {
+
+ZK_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+ZK_DEVICE int64_t block_x() { return blockIdx.x; }
+ZK_DEVICE int64_t block_y() { return blockIdx.y; }
+ZK_DEVICE int64_t block_z() { return blockIdx.z; }
+ZK_DEVICE void barrier() { __syncthreads(); }
+
+// Every lane of the warp takes part.
+ZK_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
+}
+ZK_DEVICE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+
+extern __shared__ __align__(16) char zk_shared[];
+ZK_DEVICE char* shared() { return zk_shared; }
+
+ZK_DEVICE Vec16 load16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+ZK_DEVICE void store16(void* p, Vec16 v) {
+  *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+}
+ZK_DEVICE Vec8 load8(const void* p) {
+  const uint2 v = *static_cast<const uint2*>(p);
+  return {{v.x, v.y}};
+}
+ZK_DEVICE void store8(void* p, Vec8 v) { *static_cast<uint2*>(p) = make_uint2(v.w[0], v.w[1]); }
+
+// Sixteen bytes from global to shared memory, past the registers; zeros when not `valid`. The bytes
+// are there for the issuing thread after wait_copies, for others after a barrier behind that.
+ZK_DEVICE void copy16(void* to, const void* from, bool valid) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes)
+               : "memory");
+}
+ZK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all but the `newest` latest groups of this thread.
+template <int newest>
+ZK_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
+}
+
+// d += a b for one 16 x 16 (row) by 16 x 8 (column) product, float32 sums; the fragments of the PTX
+// manual, mma.m16n8k16.
+template <DType T>
+ZK_DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  if constexpr (T == DType::bf16)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The fast path the compiler emits for a correctly rounded square root, without its test for inputs
+// near the ends of the range: x is in [2^-24, 64] here.
+ZK_DEVICE float root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  const float g = __fmul_rn(x, y), h = __fmul_rn(0.5f, y);
+  return __fmaf_rn(__fmaf_rn(-g, g, x), h, g);
+}
+
+// hi(0x7F : w) from bit 9 on: w's upper 23 bits below the exponent of 1.0, in one instruction.
+ZK_DEVICE float one_to_two(uint32_t w) { return __uint_as_float(__funnelshift_r(w, 0x7Fu, 9)); }
+
+// Two values as packed 16-bit numbers, `low` in the low half; to nearest even.
+template <DType T>
+ZK_DEVICE uint32_t pack(float low, float high) {
+  uint32_t u;
+  if constexpr (T == DType::bf16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
+  return u;
+}
+ZK_DEVICE float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+
+}  // namespace dev
+#endif
+
+template <DType T>
+ZK_DEVICE void unpack(uint32_t u, float& low, float& high) {
+  if constexpr (T == DType::bf16) {
+    low = bits_float(u << 16);
+    high = bits_float(u & 0xFFFF0000u);
+  } else {
+    low = dev::half_to_float(static_cast<uint16_t>(u & 0xFFFFu));
+    high = dev::half_to_float(static_cast<uint16_t>(u >> 16));
+  }
+}
+
+// x rounded to T's grid, as float32.
+template <DType T>
+ZK_DEVICE float nearest(float x) {
+  float low, high;
+  unpack<T>(dev::pack<T>(x, 0.0f), low, high);
+  return low;
+}
+
+// x moved to T's grid by sixteen random bits, as float32 (numeric.h has the formula). An
+// overflowing float16 is still above float16's range here, and becomes infinite in pack.
+template <DType T>
+ZK_DEVICE float stochastic(float x, uint32_t r16) {
+  if constexpr (T == DType::bf16)
+    return bf16_float(bf16_stochastic(x, r16));
+  else
+    return nearest<T>(fp16_stochastic(x, r16));
+}
+
+}  // namespace zk

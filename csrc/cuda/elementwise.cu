@@ -1,0 +1,352 @@
+// displace, sample and embedding; update; project. A thread draws, applies and stores the 4 V
+// elements of a unit (access.h) and keeps them in registers in between.
+#include "access.h"
+#include "launch.h"
+
+namespace zk {
+namespace {
+
+ZK_DEVICE int64_t row_id(const DisplaceArgs& a, int64_t branch, int64_t row) {
+  if (!a.ids) return row;
+  const int64_t at = (a.own_ids ? branch * a.out_rows : 0) + row;
+  return a.wide_ids ? static_cast<const int64_t*>(a.ids)[at]
+                    : static_cast<int64_t>(static_cast<const int32_t*>(a.ids)[at]);
+}
+
+// Two branches from one draw; more go by blockIdx.y, and a seed that neither of the two has is not
+// drawn. Branches with rows of their own go one by one.
+template <int V, Distribution kind>
+ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_kernel(const DisplaceArgs a) {
+  const int64_t index = dev::block_x() * kThreads + dev::thread();
+  if (index >= a.out_rows * a.cut.groups * (64 / V)) return;
+  Unit u = unit_at<V>(index, a.cut, a.place.col_offset);
+  const int64_t first = a.own_ids ? dev::block_y() : dev::block_y() * 2;
+  const bool two = !a.own_ids && first + 1 < a.branches;
+  const int64_t out_row = u.row;
+  u.row = row_id(a, first, out_row);
+  const uint32_t noise_row = a.place.row_offset + static_cast<uint32_t>(u.row);
+
+  float acc[2][4][V];
+  if (a.w.data) {
+    load_unit<V>(a.w, u, acc[0]);
+  } else {
+    ZK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      ZK_UNROLL
+      for (int i = 0; i < V; ++i) acc[0][j][i] = 0.0f;
+    }
+  }
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    ZK_UNROLL
+    for (int i = 0; i < V; ++i) acc[1][j][i] = acc[0][j][i];
+  }
+  ZK_NO_UNROLL
+  for (int64_t k = 0; k < a.terms.count; ++k) {
+    const float c0 = a.coeffs ? a.coeffs[first * a.terms.count + k] : 1.0f;
+    const float c1 = two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
+    if (c0 == 0.0f && c1 == 0.0f) continue;
+    const Draw<kind> draw(row_state(static_cast<uint64_t>(a.terms.seeds[k]), noise_row,
+                                    a.place.param_id, Stream::direction),
+                          u.group, u.l);
+    ZK_UNROLL
+    for (int i = 0; i < V; ++i) {
+      float z[4];
+      draw.column(static_cast<uint32_t>(i), z);
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        acc[0][j][i] = fma32(c0, z[j], acc[0][j][i]);
+        acc[1][j][i] = fma32(c1, z[j], acc[1][j][i]);
+      }
+    }
+  }
+  if (a.stochastic && a.terms.count > 0 && a.out_dtype != DType::f32) {
+    const RowState s = row_state(static_cast<uint64_t>(a.terms.seeds[0]), noise_row,
+                                 a.place.param_id, Stream::probe_rounding);
+    const uint32_t shift = u.group % 2u * 16u;
+    ZK_UNROLL
+    for (int i = 0; i < V; ++i) {
+      const PhiloxWords w = rounding_words(s, u.group, u.l + static_cast<uint32_t>(i));
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t r16 = (w.w[j] >> shift) & 0xFFFFu;
+        acc[0][j][i] = round_stochastic(acc[0][j][i], a.out_dtype, r16);
+        acc[1][j][i] = round_stochastic(acc[1][j][i], a.out_dtype, r16);
+      }
+    }
+  }
+  const int64_t size = a.out_dtype == DType::f32 ? 4 : 2;
+  u.row = out_row;
+  Matrix out{a.out + first * a.out_branch_stride * size,
+             a.out_rows,
+             a.w.cols,
+             a.out_row_stride,
+             1,
+             a.out_dtype,
+             a.out_vec};
+  store_unit<V>(out, u, acc[0]);
+  if (two) {
+    out.data += a.out_branch_stride * size;
+    store_unit<V>(out, u, acc[1]);
+  }
+}
+
+// Tiles a block goes through, one after another: their tensor is searched for once a tile.
+constexpr int kUpdateSpan = 4;
+
+// Rounding bits of a unit. The two groups of a pair share the words, and stand eight lanes apart:
+// each of the two threads draws half of them and sends the other its halves.
+template <int V>
+ZK_DEVICE void paired_rounding_bits(const RowState& s, const Unit& u, uint32_t r16[4][V]) {
+  constexpr int half = V / 2;
+  const bool odd = (u.group & 1u) != 0;
+  uint32_t mine[half][4], sent[half][4];
+  ZK_UNROLL
+  for (int i = 0; i < half; ++i) {
+    const uint32_t column = u.l + static_cast<uint32_t>(odd ? i + half : i);
+    const PhiloxWords w = rounding_words(s, u.group, column);
+    ZK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      mine[i][j] = odd ? w.w[j] >> 16 : w.w[j] & 0xFFFFu;
+      sent[i][j] = odd ? w.w[j] & 0xFFFFu : w.w[j] >> 16;
+    }
+  }
+  ZK_UNROLL
+  for (int i = 0; i < half; ++i) {
+    ZK_UNROLL
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t got = dev::shuffle_xor(sent[i][j] | sent[i][j + 1] << 16, 64 / V);
+      const uint32_t low = got & 0xFFFFu, high = got >> 16;
+      r16[j][i] = odd ? low : mine[i][j];
+      r16[j + 1][i] = odd ? high : mine[i][j + 1];
+      r16[j][i + half] = odd ? mine[i][j] : low;
+      r16[j + 1][i + half] = odd ? mine[i][j + 1] : high;
+    }
+  }
+}
+
+// Every thread stays to the end: the shuffles take whole warps.
+template <int V, Distribution kind>
+ZK_KERNEL void ZK_BOUNDS(kThreads, 2) update_kernel(const UpdateArgs a) {
+  ZK_NO_UNROLL
+  for (int s = 0; s < kUpdateSpan; ++s) {
+    const int64_t tile = dev::block_x() * kUpdateSpan + s;
+    if (tile >= a.table.tiles) return;
+    const Entry& e = entry_of(a.table, tile);
+    const Matrix m = e.m;
+    const Place place = e.place;
+    const int64_t index = (tile - e.first_tile) * kThreads + dev::thread();
+    const Unit u = unit_at<V>(index, e.cut, place.col_offset);
+    const bool inside = u.row < m.rows;
+    const uint32_t noise_row = place.row_offset + static_cast<uint32_t>(u.row);
+    const bool stochastic = V == 8 && a.stochastic;
+
+    float acc[4][V];
+    if (inside) {
+      load_unit<V>(m, u, acc);
+    } else {
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        ZK_UNROLL
+        for (int i = 0; i < V; ++i) acc[j][i] = 0.0f;
+      }
+    }
+    ZK_NO_UNROLL
+    for (int64_t k = 0; k < a.terms.count; ++k) {
+      const auto seed = static_cast<uint64_t>(a.terms.seeds[k]);
+      const float c = a.coeffs[k];
+      if (a.decay) {
+        const float decay = a.decay[k];
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          ZK_UNROLL
+          for (int i = 0; i < V; ++i) acc[j][i] = acc[j][i] * decay;
+        }
+      }
+      const Draw<kind> draw(row_state(seed, noise_row, place.param_id, Stream::direction), u.group,
+                            u.l);
+      ZK_UNROLL
+      for (int i = 0; i < V; ++i) {
+        float z[4];
+        draw.column(static_cast<uint32_t>(i), z);
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) acc[j][i] = fma32(c, z[j], acc[j][i]);
+      }
+      const bool ends = !a.ends || a.ends[k] || k == a.terms.count - 1;
+      if (!ends || m.dtype == DType::f32) continue;
+      if constexpr (V == 8) {
+        if (stochastic) {
+          uint32_t r16[4][V];
+          paired_rounding_bits<V>(
+              row_state(seed, noise_row, place.param_id, Stream::update_rounding), u, r16);
+          ZK_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            ZK_UNROLL
+            for (int i = 0; i < V; ++i) acc[j][i] = round_stochastic(acc[j][i], m.dtype, r16[j][i]);
+          }
+          continue;
+        }
+      }
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        ZK_UNROLL
+        for (int i = 0; i < V; ++i) acc[j][i] = round_nearest(acc[j][i], m.dtype);
+      }
+    }
+    if (inside) store_unit<V>(m, u, acc);
+  }
+}
+
+// Adds x to the exact sum hi + lo (Knuth's two-sum; lo's own roundings are of second order).
+ZK_DEVICE void add_exactly(float x, float& hi, float& lo) {
+  const float sum = hi + x;
+  const float back = sum - hi;
+  lo += (hi - (sum - back)) + (x - back);
+  hi = sum;
+}
+
+// The sum over a block, in thread 0, in an order that depends on nothing.
+ZK_DEVICE double block_sum(double x) {
+  ZK_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) x += dev::shuffle_xor(x, mask);
+  auto* warps = reinterpret_cast<double*>(dev::shared());
+  if (dev::thread() % 32 == 0) warps[dev::thread() / 32] = x;
+  dev::barrier();
+  double total = 0.0;
+  if (dev::thread() == 0)
+    for (int i = 0; i < kThreads / 32; ++i) total += warps[i];
+  dev::barrier();
+  return total;
+}
+
+constexpr int kProjectSpan = 16;
+
+// A block's tiles are the same on every device, so its sum is too. Seeds go outside, so that there
+// is one reduction a seed; the vector comes from the cache again for every further seed.
+template <int V, Distribution kind>
+ZK_KERNEL void ZK_BOUNDS(kThreads, 2) project_kernel(const ProjectArgs a) {
+  ZK_NO_UNROLL
+  for (int64_t k = 0; k < a.terms.count; ++k) {
+    const auto seed = static_cast<uint64_t>(a.terms.seeds[k]);
+    double total = 0.0;
+    ZK_NO_UNROLL
+    for (int s = 0; s < kProjectSpan; ++s) {
+      const int64_t tile = dev::block_x() * kProjectSpan + s;
+      if (tile >= a.table.tiles) break;
+      const Entry& e = entry_of(a.table, tile);
+      const Matrix m = e.m;
+      const Place place = e.place;
+      const int64_t index = (tile - e.first_tile) * kThreads + dev::thread();
+      const Unit u = unit_at<V>(index, e.cut, place.col_offset);
+      if (u.row >= m.rows) continue;
+      float v[4][V];
+      load_unit<V>(m, u, v);
+      const Draw<kind> draw(row_state(seed, place.row_offset + static_cast<uint32_t>(u.row),
+                                      place.param_id, Stream::direction),
+                            u.group, u.l);
+      float hi = 0.0f, lo = 0.0f;
+      ZK_UNROLL
+      for (int i = 0; i < V; ++i) {
+        float z[4];
+        draw.column(static_cast<uint32_t>(i), z);
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const float product = v[j][i] * z[j];
+          lo += fma32(v[j][i], z[j], -product);
+          add_exactly(product, hi, lo);
+        }
+      }
+      total += static_cast<double>(hi) + static_cast<double>(lo);
+    }
+    const double sum = block_sum(total);
+    if (dev::thread() == 0) a.partial[dev::block_x() * a.terms.count + k] = sum;
+  }
+}
+
+ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
+    project_sum_kernel(const double* partial, int64_t blocks, int64_t terms, float* out) {
+  double total = 0.0;
+  for (int64_t b = dev::thread(); b < blocks; b += kThreads)
+    total += partial[b * terms + dev::block_x()];
+  const double sum = block_sum(total);
+  if (dev::thread() == 0) out[dev::block_x()] = static_cast<float>(sum);
+}
+
+struct EntryChunk {
+  Entry entries[kEntriesALaunch];
+};
+
+ZK_KERNEL void fill_table_kernel(const EntryChunk chunk, int count, Entry* to) {
+  for (int i = dev::thread(); i < count; i += 32) to[i] = chunk.entries[i];
+}
+
+}  // namespace
+
+const char* fill_table(const Entry* host, int count, Entry* device, void* stream) {
+  for (int at = 0; at < count; at += kEntriesALaunch) {
+    const int n = count - at < kEntriesALaunch ? count - at : kEntriesALaunch;
+    EntryChunk chunk;
+    for (int i = 0; i < n; ++i) chunk.entries[i] = host[at + i];
+    if (const char* error =
+            launch(fill_table_kernel, 1, 1, 1, 32, 0, stream, chunk, n, device + at))
+      return error;
+  }
+  return nullptr;
+}
+
+const char* displace(const DisplaceArgs& a, void* stream) {
+  const bool wide = a.out_dtype == DType::f32 || (a.w.data && a.w.dtype == DType::f32);
+  const int64_t tiles = tiles_of(a.out_rows, a.cut, wide ? 4 : 8);
+  if (tiles == 0 || a.branches == 0) return nullptr;
+  const int64_t ys = a.own_ids ? a.branches : (a.branches + 1) / 2;
+  const bool normal = a.distribution == Distribution::gaussian;
+  const auto kernel = wide     ? normal ? displace_kernel<4, Distribution::gaussian>
+                                        : displace_kernel<4, Distribution::rademacher>
+                      : normal ? displace_kernel<8, Distribution::gaussian>
+                               : displace_kernel<8, Distribution::rademacher>;
+  return launch(kernel, tiles, ys, 1, kThreads, 0, stream, a);
+}
+
+const char* update(const UpdateArgs& a, int columns, void* stream) {
+  if (a.table.tiles == 0 || a.terms.count == 0) return nullptr;
+  const bool normal = a.distribution == Distribution::gaussian;
+  const auto kernel = columns == 4 ? normal ? update_kernel<4, Distribution::gaussian>
+                                            : update_kernel<4, Distribution::rademacher>
+                      : normal     ? update_kernel<8, Distribution::gaussian>
+                                   : update_kernel<8, Distribution::rademacher>;
+  const int64_t blocks = (a.table.tiles + kUpdateSpan - 1) / kUpdateSpan;
+  return launch(kernel, blocks, 1, 1, kThreads, 0, stream, a);
+}
+
+int64_t project_blocks(int64_t tiles) { return (tiles + kProjectSpan - 1) / kProjectSpan; }
+
+const char* project(const ProjectArgs& a, int columns, void* stream) {
+  if (a.table.tiles == 0 || a.terms.count == 0) return nullptr;
+  const bool normal = a.distribution == Distribution::gaussian;
+  const auto kernel = columns == 4 ? normal ? project_kernel<4, Distribution::gaussian>
+                                            : project_kernel<4, Distribution::rademacher>
+                      : normal     ? project_kernel<8, Distribution::gaussian>
+                                   : project_kernel<8, Distribution::rademacher>;
+  return launch(kernel, project_blocks(a.table.tiles), 1, 1, kThreads, 8 * sizeof(double), stream,
+                a);
+}
+
+const char* project_sum(const double* partial, int64_t blocks, int64_t terms, float* out,
+                        void* stream) {
+  if (terms == 0) return nullptr;
+  return launch(project_sum_kernel, terms, 1, 1, kThreads, 8 * sizeof(double), stream, partial,
+                blocks, terms, out);
+}
+
+const char* probe() {
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(fill_table_kernel));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace zk

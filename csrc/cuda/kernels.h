@@ -1,0 +1,155 @@
+// Torch-free interface of the CUDA kernels: plain device pointers and a stream. Every function
+// launches and returns null, or says what went wrong.
+#pragma once
+
+#include <cstdint>
+
+#include "../philox.h"
+#include "types.h"
+
+namespace zk {
+
+// A matrix in device memory; strides count elements. `vec`: every run of V columns that starts at a
+// multiple of V in the parameter is adjacent and aligned.
+struct Matrix {
+  char* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 1;
+  DType dtype = DType::f32;
+  bool vec = false;
+};
+
+// Where a matrix sits in the noise.
+struct Place {
+  int64_t col_offset = 0;
+  uint32_t row_offset = 0;
+  uint32_t param_id = 0;
+};
+
+// The groups of 256 columns that a row meets.
+struct Cut {
+  uint32_t first_group = 0, groups = 0;
+};
+
+// A tensor of a table: tiles [first_tile, first_tile of the next) are its.
+struct Entry {
+  Matrix m;
+  Place place;
+  Cut cut;
+  int64_t first_tile = 0;
+};
+
+constexpr int kThreads = 256;
+// Entries that travel as the arguments of one launch (4 KB of arguments are safe on every driver).
+constexpr int kEntriesALaunch = 36;
+
+struct Table {
+  const Entry* entries = nullptr;  // device
+  int count = 0;
+  int64_t tiles = 0;
+};
+
+struct Seeds {
+  const int64_t* seeds = nullptr;  // [count]
+  int64_t count = 0;
+};
+
+// out[g, r, c] = round(w[row, c] + sum_k coeffs[g, k] z_k[row, c]), row = r or ids[(g,) r].
+struct DisplaceArgs {
+  Matrix w;  // data null: zeros
+  Place place;
+  Cut cut;
+  Distribution distribution = Distribution::gaussian;
+  char* out = nullptr;
+  DType out_dtype = DType::f32;
+  bool out_vec = false;
+  int64_t out_rows = 0, out_row_stride = 0, out_branch_stride = 0;
+  const void* ids = nullptr;  // null: row = r
+  bool wide_ids = true;
+  bool own_ids = false;  // [branches, out_rows] instead of [out_rows]
+  Seeds terms;
+  const float* coeffs = nullptr;  // [branches, terms.count]; null: ones
+  int64_t branches = 1;
+  bool stochastic = false;
+};
+
+// w = round(w * decay_k + coeffs[k] z_k) for every k in order, rounding at every end.
+struct UpdateArgs {
+  Table table;
+  Distribution distribution = Distribution::gaussian;
+  Seeds terms;
+  const float* coeffs = nullptr;
+  const float* decay = nullptr;   // null: 1
+  const uint8_t* ends = nullptr;  // null: every term; the last one always ends
+  bool stochastic = false;
+};
+
+struct ProjectArgs {
+  Table table;
+  Distribution distribution = Distribution::gaussian;
+  Seeds terms;
+  double* partial = nullptr;  // [project_blocks(tiles), terms.count]
+};
+
+// y[g, t, n] = sum_c x[g, t, c] round(w[n, c] + sum_k coeffs[g, k] z_k[n, c]) + bias[g, n], 16-bit.
+// With `pending`, w is updated in place by it first, as by UpdateArgs with these terms.
+struct LinearArgs {
+  Matrix w;
+  Place place;
+  Distribution distribution = Distribution::gaussian;
+  const char* x = nullptr;  // [branches or 1, tokens, cols], contiguous
+  int64_t x_branch_stride = 0;
+  const void* bias = nullptr;  // [branches, rows], contiguous, or null
+  DType bias_dtype = DType::f32;
+  char* y = nullptr;  // [branches, tokens, rows], contiguous
+  int64_t tokens = 0, branches = 0;
+  Seeds terms;
+  const float* coeffs = nullptr;
+  Seeds pending;
+  const float* pending_coeffs = nullptr;
+  const float* pending_decay = nullptr;
+  bool pending_stochastic = false;
+  int multiprocessors = 1;
+};
+
+// The groups a row meets; whole pairs of groups (512 columns) when rounding bits are shared.
+inline Cut cut_columns(int64_t col_offset, int64_t cols, bool pairs) {
+  if (cols == 0) return {};
+  int64_t first = col_offset / kGaussianGroup;
+  int64_t last = (col_offset + cols + kGaussianGroup - 1) / kGaussianGroup;
+  if (pairs) {
+    first = first / 2 * 2;
+    last = (last + 1) / 2 * 2;
+  }
+  return {static_cast<uint32_t>(first), static_cast<uint32_t>(last - first)};
+}
+
+// Columns a thread takes of each quarter: sixteen bytes of the narrower type.
+inline int columns_of(DType t) { return t == DType::f32 ? 4 : 8; }
+
+inline int64_t units_of(int64_t rows, Cut cut, int columns) {
+  return rows * cut.groups * (64 / columns);
+}
+inline int64_t tiles_of(int64_t rows, Cut cut, int columns) {
+  return (units_of(rows, cut, columns) + kThreads - 1) / kThreads;
+}
+
+int64_t project_blocks(int64_t tiles);
+
+// Copies entries from the host into a table in device memory, by launches alone: no host memory has
+// to outlive the call, and a CUDA graph keeps the values.
+const char* fill_table(const Entry* host, int count, Entry* device, void* stream);
+
+const char* displace(const DisplaceArgs&, void* stream);
+// All entries have columns_of(dtype) == columns.
+const char* update(const UpdateArgs&, int columns, void* stream);
+const char* project(const ProjectArgs&, int columns, void* stream);
+// out[k] = sum over blocks of partial[block, k].
+const char* project_sum(const double* partial, int64_t blocks, int64_t terms, float* out,
+                        void* stream);
+const char* linear(const LinearArgs&, void* stream);
+
+// Null when this build has code that the current device runs; else what is wrong.
+const char* probe();
+
+}  // namespace zk

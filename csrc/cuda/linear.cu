@@ -1,0 +1,276 @@
+// y_g = x_g W_g^T + bias_g, W_g = round(W + sum_k C[g,k] z_k), for two branches g at once, 16-bit
+// weights and activations, float32 sums. W_g exists in registers only.
+//
+// The weights are the left factor of mma.m16n8k16 (16 outputs x 16 columns), the tokens the right
+// one, so that a thread forms its own fragments from noise it drew itself:
+//
+//   lane = 4 r + q owns outputs n0 + r and n0 + r + 8. Of a half panel (32 columns of each of the
+//   four quarters of 256) it owns 8 columns a quarter, from 8 q on; four of them at a time (step t)
+//   fill a product's 16 columns: the product's columns 2q, 2q + 1, 2q + 8, 2q + 9 are the matrix's
+//   8q + 4t + {0, 1, 2, 3}. A product sums over its columns in any order, so the right factor is
+//   read the same way, eight adjacent bytes a thread, and nothing is shuffled or transposed. One
+//   Philox call, a (row, column) of a quarter, gives that column in all four quarters: four
+//   products' worth. No value of noise is drawn twice.
+//
+// Block: 8 warps, 8 / warps_k of them side by side (16 outputs each), warps_k behind each other
+// taking every warps_k-th half panel; their sums meet in shared memory and are added in order.
+// Grid: outputs, blocks of 8 NT tokens, pairs of branches. More than one block of tokens draws the
+// noise again: the caller multiplies through scratch tiles from there on.
+// Weights go through shared memory by cp.async, one half panel ahead; every thread reads back what
+// it copied itself, so that no barrier is needed.
+//
+// Ceiling. A displaced pair of weights costs about 38 instructions with Gaussian noise (33 the
+// normal, 2 fma, 1 packed conversion, 2 unpacking and addresses) and 8 with Rademacher; a
+// multiprocessor issues 128 a cycle. That is 3.4 weights a cycle and multiprocessor, or 6.7
+// bytes: 1.6 TB/s on an H200 (132 at 1.8 GHz), a third of its memory bandwidth, and 1.1 TB/s of 2.0
+// on an A100. So with Gaussian noise this kernel is bound by drawing, whatever the tokens, until
+// the products take as long: eight weights a lane feed 2 NT products, at 62% of the matrix unit's
+// rate about 6.5 cycles each on Hopper, against 8 * 38 issue cycles: at NT = 8 a third. wgmma and
+// TMA would speed up the part that waits, so there is no path for them; they pay in the plan with
+// scratch tiles, where cuBLAS has them. (Arithmetic from the instruction counts, not measurements.)
+//
+// `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
+// update of the last step costs its noise and no pass over memory of its own.
+#include "access.h"
+#include "launch.h"
+
+namespace zk {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kStages = 2;
+constexpr int kChunks = 8;  // 16-byte chunks of a thread a half panel: 2 outputs x 4 quarters
+constexpr size_t kShared = size_t{kStages} * kChunks * kThreads * 16;
+
+struct Split {
+  int warps_k;
+  uint32_t first_group;
+  int halves;
+};
+
+// v[j][i] of four columns through the pending terms, each rounded.
+template <DType T, Distribution kind>
+ZK_DEVICE void apply_pending(const LinearArgs& a, uint32_t noise_row, uint32_t group, uint32_t l,
+                             float v[4][4]) {
+  const uint32_t shift = group % 2u * 16u;
+  ZK_NO_UNROLL
+  for (int64_t k = 0; k < a.pending.count; ++k) {
+    const auto seed = static_cast<uint64_t>(a.pending.seeds[k]);
+    const float c = a.pending_coeffs[k];
+    const float decay = a.pending_decay ? a.pending_decay[k] : 1.0f;
+    const Draw<kind> draw(row_state(seed, noise_row, a.place.param_id, Stream::direction), group,
+                          l);
+    const RowState bits = row_state(seed, noise_row, a.place.param_id, Stream::update_rounding);
+    ZK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float z[4];
+      draw.column(static_cast<uint32_t>(i), z);
+      PhiloxWords w{};
+      if (a.pending_stochastic) w = rounding_words(bits, group, l + static_cast<uint32_t>(i));
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float moved = fma32(c, z[j], v[j][i] * decay);
+        v[j][i] = a.pending_stochastic ? stochastic<T>(moved, (w.w[j] >> shift) & 0xFFFFu)
+                                       : nearest<T>(moved);
+      }
+    }
+  }
+}
+
+template <DType T, Distribution kind, int NT, bool pending>
+ZK_KERNEL void ZK_BOUNDS(kThreads, NT + (pending ? 4 : 0) <= 5 ? 2 : 1)
+    linear_kernel(const LinearArgs a, const Split split) {
+  const int warp = dev::thread() / 32, lane = dev::thread() % 32, q = lane % 4, r = lane / 4;
+  const int wide = kWarps / split.warps_k;
+  const int warp_n = warp % wide, warp_k = warp / wide;
+  const int64_t n0 = dev::block_x() * (16 * wide) + warp_n * 16;
+  const int64_t token0 = dev::block_y() * (8 * NT);
+  const int64_t first = dev::block_z() * 2;
+  const bool two = first + 1 < a.branches;
+  char* const mine = dev::shared() + dev::thread() * 16;
+
+  const auto chunk = [&](int slot, int row, int j) {
+    return mine + ((slot * kChunks + row * 4 + j) * kThreads) * 16;
+  };
+  const auto column = [&](int h) { return static_cast<int64_t>(h / 2) * 256 + h % 2 * 32 + q * 8; };
+  const auto fetch = [&](int h, int slot) {
+    ZK_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const int64_t n = n0 + r + row * 8;
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int64_t col = column(h) + 64 * j;
+        const bool valid = n < a.w.rows && col < a.w.cols;
+        dev::copy16(chunk(slot, row, j), a.w.data + (valid ? (n * a.w.row_stride + col) * 2 : 0),
+                    valid);
+      }
+    }
+  };
+
+  float sum[2][NT][4];
+  ZK_UNROLL
+  for (int g = 0; g < 2; ++g) {
+    ZK_UNROLL
+    for (int t = 0; t < NT; ++t) {
+      ZK_UNROLL
+      for (int i = 0; i < 4; ++i) sum[g][t][i] = 0.0f;
+    }
+  }
+
+  if (warp_k < split.halves) fetch(warp_k, 0);
+  dev::commit_copies();
+  int slot = 0;
+  ZK_NO_UNROLL
+  for (int h = warp_k; h < split.halves; h += split.warps_k, slot ^= 1) {
+    if (h + split.warps_k < split.halves) fetch(h + split.warps_k, slot ^ 1);
+    dev::commit_copies();
+    dev::wait_copies<1>();
+    const uint32_t group = split.first_group + static_cast<uint32_t>(h) / 2u;
+    ZK_NO_UNROLL
+    for (int t = 0; t < 2; ++t) {
+      const int64_t col = column(h) + 4 * t;
+      const auto l = static_cast<uint32_t>(h % 2 * 32 + q * 8 + 4 * t);
+      uint32_t left[2][4][4];  // branch, quarter, register of the fragment
+      ZK_UNROLL
+      for (int row = 0; row < 2; ++row) {
+        const int64_t n = n0 + r + row * 8;
+        const uint32_t noise_row = a.place.row_offset + static_cast<uint32_t>(n);
+        float acc[2][4][4];
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const Vec8 raw = dev::load8(chunk(slot, row, j) + t * 8);
+          unpack_words<T, 2>(raw.w, acc[0][j]);
+        }
+        if constexpr (pending) {
+          apply_pending<T, kind>(a, noise_row, group, l, acc[0]);
+          ZK_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            Vec8 raw;
+            pack_words<T, 2>(acc[0][j], raw.w);
+            if (n < a.w.rows && col + 64 * j < a.w.cols)
+              dev::store8(a.w.data + (n * a.w.row_stride + col + 64 * j) * 2, raw);
+          }
+        }
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          ZK_UNROLL
+          for (int i = 0; i < 4; ++i) acc[1][j][i] = acc[0][j][i];
+        }
+        ZK_NO_UNROLL
+        for (int64_t k = 0; k < a.terms.count; ++k) {
+          const float c0 = a.coeffs[first * a.terms.count + k];
+          const float c1 = two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
+          if (c0 == 0.0f && c1 == 0.0f) continue;
+          const Draw<kind> draw(row_state(static_cast<uint64_t>(a.terms.seeds[k]), noise_row,
+                                          a.place.param_id, Stream::direction),
+                                group, l);
+          ZK_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            float z[4];
+            draw.column(static_cast<uint32_t>(i), z);
+            ZK_UNROLL
+            for (int j = 0; j < 4; ++j) {
+              acc[0][j][i] = fma32(c0, z[j], acc[0][j][i]);
+              acc[1][j][i] = fma32(c1, z[j], acc[1][j][i]);
+            }
+          }
+        }
+        ZK_UNROLL
+        for (int g = 0; g < 2; ++g) {
+          ZK_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            left[g][j][row] = dev::pack<T>(acc[g][j][0], acc[g][j][1]);
+            left[g][j][row + 2] = dev::pack<T>(acc[g][j][2], acc[g][j][3]);
+          }
+        }
+      }
+      ZK_UNROLL
+      for (int tile = 0; tile < NT; ++tile) {
+        if (token0 + tile * 8 >= a.tokens) continue;
+        const int64_t token = token0 + tile * 8 + r;
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const bool valid = token < a.tokens && col + 64 * j < a.w.cols;
+          const char* at = a.x + (first * a.x_branch_stride + token * a.w.cols + col + 64 * j) * 2;
+          Vec8 right = {{0u, 0u}};
+          if (valid) right = dev::load8(at);
+          dev::mma<T>(sum[0][tile], left[0][j], right.w);
+          if (two) {
+            if (a.x_branch_stride && valid) right = dev::load8(at + a.x_branch_stride * 2);
+            dev::mma<T>(sum[1][tile], left[1][j], right.w);
+          }
+        }
+      }
+    }
+  }
+
+  dev::barrier();
+  auto* meeting = reinterpret_cast<float*>(dev::shared());
+  constexpr int values = 2 * NT * 4;
+  if (warp_k > 0) {
+    float* to = meeting + ((warp_k - 1) * wide + warp_n) * (values * 32) + lane;
+    ZK_UNROLL
+    for (int i = 0; i < values; ++i) to[i * 32] = sum[i / (NT * 4)][i / 4 % NT][i % 4];
+  }
+  dev::barrier();
+  if (warp_k > 0) return;
+  ZK_NO_UNROLL
+  for (int k = 1; k < split.warps_k; ++k) {
+    const float* from = meeting + ((k - 1) * wide + warp_n) * (values * 32) + lane;
+    ZK_UNROLL
+    for (int i = 0; i < values; ++i) sum[i / (NT * 4)][i / 4 % NT][i % 4] += from[i * 32];
+  }
+  ZK_UNROLL
+  for (int i = 0; i < values; ++i) {
+    const int64_t branch = first + i / (NT * 4);
+    const int64_t token = token0 + i / 4 % NT * 8 + q * 2 + i % 2;
+    const int64_t n = n0 + r + i % 4 / 2 * 8;
+    if (branch < a.branches && token < a.tokens && n < a.w.rows) {
+      float y = sum[i / (NT * 4)][i / 4 % NT][i % 4];
+      if (a.bias)
+        y += load_one(static_cast<const char*>(a.bias), branch * a.w.rows + n, a.bias_dtype);
+      store_one(a.y, (branch * a.tokens + token) * a.w.rows + n, T, y);
+    }
+  }
+}
+
+using Kernel = void (*)(const LinearArgs, const Split);
+
+template <DType T, Distribution kind>
+Kernel choose(int tiles, bool pending) {
+  if (tiles <= 1)
+    return pending ? linear_kernel<T, kind, 1, true> : linear_kernel<T, kind, 1, false>;
+  if (tiles <= 4)
+    return pending ? linear_kernel<T, kind, 4, true> : linear_kernel<T, kind, 4, false>;
+  return pending ? linear_kernel<T, kind, 8, true> : linear_kernel<T, kind, 8, false>;
+}
+
+}  // namespace
+
+const char* linear(const LinearArgs& a, void* stream) {
+  if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
+  const int64_t tiles = (a.tokens + 7) / 8;
+  const int nt = tiles <= 1 ? 1 : tiles <= 4 ? 4 : 8;
+  const int64_t blocks = (tiles + nt - 1) / nt, pairs = (a.branches + 1) / 2;
+  if (a.pending.count && (blocks > 1 || pairs > 1))
+    return "a pending update needs one block of tokens and one pair of branches";
+  const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
+  Split split{kWarps, cut.first_group, static_cast<int>(2 * cut.groups)};
+  // Side by side as far as blocks still reach every multiprocessor: activations are then read less
+  // often. Not more warps behind each other than there are half panels.
+  int wide = 1;
+  while (wide < kWarps && (a.w.rows + 32 * wide - 1) / (32 * wide) >= a.multiprocessors) wide *= 2;
+  split.warps_k = kWarps / wide;
+  while (split.warps_k > 1 && split.warps_k > split.halves) split.warps_k /= 2;
+  const int64_t outputs = 16 * (kWarps / split.warps_k);
+  const bool normal = a.distribution == Distribution::gaussian, pending = a.pending.count > 0;
+  const Kernel kernel = a.w.dtype == DType::bf16
+                            ? normal ? choose<DType::bf16, Distribution::gaussian>(nt, pending)
+                                     : choose<DType::bf16, Distribution::rademacher>(nt, pending)
+                        : normal ? choose<DType::f16, Distribution::gaussian>(nt, pending)
+                                 : choose<DType::f16, Distribution::rademacher>(nt, pending);
+  return launch(kernel, (a.w.rows + outputs - 1) / outputs, blocks, pairs, kThreads, kShared,
+                stream, a, split);
+}
+
+}  // namespace zk

@@ -1,0 +1,51 @@
+"""The CUDA C++ backend (``csrc/cuda``): needs a torch built for CUDA, a device, and the library
+built next to this package (CMake option ``ZOKERNELS_CUDA``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+
+from zokernels._cuda_ops import Native
+from zokernels._load import native_library
+
+if torch.version.cuda is None:
+    raise ImportError(f"torch {torch.__version__} is built without CUDA")
+if not torch.cuda.is_available():
+    raise ImportError("torch finds no CUDA device")
+
+_library = native_library("_zokernels_cuda")
+_library.zokernels_cuda_probe.restype = ctypes.c_char_p
+
+
+def _probe() -> None:
+    torch.cuda.init()
+    error = _library.zokernels_cuda_probe()
+    if error is not None:
+        raise ImportError(f"_zokernels_cuda.so does not run on this device: {error.decode()}")
+
+
+_probe()
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+native = Native(
+    torch.ops.zokernels_cuda,
+    stream=_stream,
+    multiprocessors=_multiprocessors,
+    capturing=torch.cuda.is_current_stream_capturing,
+)
+
+KERNELS: dict[str, Callable[..., object]] = native.kernels()
