@@ -1,0 +1,828 @@
+"""Adapters from the ops' positional signatures to the Triton kernels.
+
+On when Triton and a CUDA device of compute capability 8.0 or newer are there, or in Triton's
+interpreter (``TRITON_INTERPRET=1``, for tests: CPU tensors, very slow).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    from triton.runtime.errors import OutOfResources
+except ImportError as error:
+    raise ImportError(f"Triton is not installed ({error}): pip install triton") from error
+
+from zokernels.noise import matrix_shape
+from zokernels.triton import displace as _displace
+from zokernels.triton import linear as _linear
+from zokernels.triton import loss as _loss
+from zokernels.triton import update as _update
+from zokernels.triton.devices import OLDEST, Architecture, architecture, present
+from zokernels.triton.launch import device_guard, flag, launch, look, raise_errors, signed32
+from zokernels.triton.noise import INTERPRETED
+from zokernels.triton.plan import Plan, Tiles, fused_tiles, plan
+
+if not INTERPRETED:
+    if not torch.cuda.is_available():
+        raise ImportError("torch sees no CUDA device")
+    _found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if all(10 * major + minor < OLDEST for major, minor in _found):
+        raise ImportError(f"compute capability 8.0 or newer is needed; found {_found}")
+
+DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
+
+# Rows of a tile of displace, update_ and project.
+_ROWS = 8
+# project: programs that keep partial sums, and seeds of a program.
+_PROGRAMS, _SEEDS = 4096, 4
+# Bytes of logits of one chunk of the vocabulary.
+_LOGITS = 64 << 20
+
+
+class LaunchWarning(UserWarning):
+    """A kernel did not fit this GPU and a smaller one, or another plan, took its place."""
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _architecture(device: torch.device) -> Architecture:
+    if INTERPRETED:
+        return architecture("sm_90")
+    return present(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def _here(tensor: Tensor) -> None:
+    """Refuse tensors that these kernels cannot reach.
+
+    Raises:
+        ValueError: a CPU tensor. RuntimeError: an older GPU beside one that is served.
+    """
+    if tensor.device.type not in DEVICES:
+        raise ValueError(
+            f"the Triton backend needs tensors on {' or '.join(DEVICES)}; got one on "
+            f"{tensor.device}"
+        )
+    if tensor.device.type == "cuda":
+        try:
+            _architecture(tensor.device)
+        except ValueError as error:
+            raise RuntimeError(f"{tensor.device}: {error}") from error
+
+
+def _written(tensors: Sequence[Tensor]) -> None:
+    """Tell torch what was written behind its back, as an in-place operator would."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def sample(
+    rows: int,
+    cols: int,
+    seed: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+) -> Tensor:
+    _here(seed)
+    out = torch.empty((rows, cols), dtype=torch.float32, device=seed.device)
+    if out.numel():
+        skip = col_offset % 256
+        groups = _cdiv(skip + cols, 256)
+        with device_guard(out):
+            launch(
+                _displace.sample_kernel,
+                (_cdiv(rows, _ROWS) * groups,),
+                out,
+                seed,
+                rows,
+                cols,
+                groups,
+                col_offset // 256,
+                skip,
+                row_offset,
+                signed32(param_id),
+                ROWS=_ROWS,
+                GAUSSIAN=distribution == "gaussian",
+            )
+    return out
+
+
+def _rows_of(
+    out: Tensor,
+    w: Tensor,
+    ids: Tensor | None,
+    shared: bool,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+) -> None:
+    """``out[g, i]`` is row ``i``, or ``ids[i]``, or ``ids[g, i]``, of branch ``g``."""
+    branches, count, cols = out.shape
+    if not out.numel():
+        return
+    terms = seeds.numel()
+    if terms == 0:  # nothing moves: one term with coefficient 0
+        seeds, terms = seeds.new_zeros(1), 1
+        coeffs = coeffs.new_zeros(branches, 1)
+    one = terms == 1
+    gather = 0 if ids is None else 1 if shared else 2
+    chunk = 0 if one else 1 if gather == 2 else min(_power(branches), 4)
+    skip = col_offset % 256
+    groups = _cdiv(skip + cols, 256)
+    second = branches if gather == 2 else 1 if one else _cdiv(branches, chunk)
+    rows = 4 if chunk == 4 else _ROWS
+    with device_guard(out):
+        launch(
+            _displace.displace_kernel,
+            (_cdiv(count, rows) * groups, second),
+            out,
+            w,
+            w if ids is None else ids,
+            seeds,
+            coeffs.contiguous(),
+            flag(w.device),
+            count,
+            w.shape[0],
+            cols,
+            groups,
+            col_offset // 256,
+            skip,
+            row_offset,
+            signed32(param_id),
+            terms,
+            branches,
+            *out.stride(),
+            *w.stride(),
+            ROWS=rows,
+            BRANCHES=chunk,
+            GATHER=gather,
+            GAUSSIAN=distribution == "gaussian",
+            STOCHASTIC=rounding == "stochastic" and out.dtype != torch.float32,
+        )
+
+
+def displace_(
+    out: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+) -> None:
+    _here(w)
+    # Without terms the reference rounds to nearest.
+    rounding = rounding if seeds.numel() else "nearest"
+    place = (param_id, row_offset, col_offset)
+    _rows_of(out, w, None, True, seeds, coeffs, *place, distribution, rounding)
+    _written([out])
+
+
+def displace(
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    rounding: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    out = w.new_empty((coeffs.shape[0], *w.shape), dtype=dtype or w.dtype)
+    displace_(out, w, seeds, coeffs, param_id, row_offset, col_offset, distribution, rounding)
+    return out
+
+
+def embedding(
+    ids: Tensor,
+    w: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    _here(w)
+    if not INTERPRETED:
+        look(w.device, "ids and targets")
+    lead = ids.shape if shared else ids.shape[1:]
+    out = w.new_empty((coeffs.shape[0], lead.numel(), w.shape[1]))
+    place = (param_id, row_offset, col_offset)
+    flat = ids.contiguous()
+    if w.shape[0] == 0 and flat.numel():
+        raise IndexError("ids must be in [0, 0): the table has no rows")
+    _rows_of(out, w, flat, shared, seeds, coeffs, *place, distribution, "nearest")
+    if INTERPRETED:
+        look(w.device, "ids")
+    return out.view(coeffs.shape[0], *lead, w.shape[1])
+
+
+# --- many tensors ---------------------------------------------------------------------------------
+
+
+class _Group:
+    """Tensors of one dtype and layout class, as one launch takes them."""
+
+    def __init__(self, members: Sequence[tuple[Tensor, int, int, int]], dense: bool) -> None:
+        entries, counts, first = [], [], 0
+        for tensor, param_id, row0, col0 in members:
+            rows, cols = tensor.shape
+            pairs = _cdiv(col0 % 512 + cols, 512)
+            stride_r, stride_c = tensor.stride()
+            entries.append(
+                (
+                    tensor.data_ptr(),
+                    rows,
+                    cols,
+                    stride_r,
+                    stride_c,
+                    param_id,
+                    row0,
+                    col0 // 512,
+                    col0 % 512,
+                    pairs,
+                    first,
+                )
+            )
+            counts.append(_cdiv(rows, _ROWS) * pairs)
+            first += counts[-1]
+        device = members[0][0].device
+        self.tiles = first
+        self.dense = dense
+        self.like = members[0][0]
+        self.table = _to_device(torch.tensor(entries, dtype=torch.int64), device)
+        counted = _to_device(torch.tensor(counts), device)
+        index = torch.arange(len(counts), dtype=torch.int32, device=device)
+        self.owners = torch.repeat_interleave(index, counted, output_size=first)
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copied without waiting for the device."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _dense(tensor: Tensor, col0: int) -> bool:
+    """Whether rows can be read sixteen bytes at a time."""
+    return (
+        tensor.stride(1) == 1
+        and tensor.stride(0) % 16 == 0
+        and tensor.shape[1] % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+        and col0 % 512 == 0
+    )
+
+
+# Tables of the parameter sets used last: an update of the same parameters costs no copies.
+_groups: dict[tuple[object, ...], list[_Group]] = {}
+_KEPT = 64
+
+
+def _grouped(
+    matrices: Sequence[Tensor],
+    param_ids: Sequence[int],
+    row_offsets: Sequence[int],
+    col_offsets: Sequence[int],
+) -> list[_Group]:
+    key = (
+        tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in matrices),
+        tuple(param_ids),
+        tuple(row_offsets),
+        tuple(col_offsets),
+        matrices[0].device,
+    )
+    found = _groups.get(key)
+    if found is None:
+        classes: dict[tuple[torch.dtype, bool], list[tuple[Tensor, int, int, int]]] = {}
+        for i, matrix in enumerate(matrices):
+            if matrix.numel():
+                col0 = col_offsets[i] if col_offsets else 0
+                row0 = row_offsets[i] if row_offsets else 0
+                kind = matrix.dtype, _dense(matrix, col0)
+                classes.setdefault(kind, []).append((matrix, param_ids[i], row0, col0))
+        found = [_Group(members, dense) for (_, dense), members in classes.items()]
+        for group in found:
+            group.like = group.like.new_empty(0)  # the table must not keep weights alive
+        while len(_groups) >= _KEPT:
+            del _groups[next(iter(_groups))]
+        _groups[key] = found
+    return found
+
+
+def update_(
+    params: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decay: Tensor | None,
+    ends: Tensor | None,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+    rounding: str,
+) -> None:
+    _here(params[0])
+    if seeds.numel() == 0:
+        return
+    matrices, copies = [], []
+    for p in params:
+        shape = matrix_shape(p.shape)
+        try:
+            matrix = p.detach().view(shape)
+        except RuntimeError:  # no matrix has these strides: update a copy
+            matrix = p.detach().reshape(shape)
+            copies.append((p, matrix))
+        matrices.append(matrix)
+    # A copy has another address each time: its table is not worth keeping.
+    with device_guard(params[0]):
+        for group in _grouped(matrices, param_ids, row_offsets, col_offsets):
+            launch(
+                _update.update_kernel,
+                (group.tiles,),
+                group.table,
+                group.owners,
+                group.like,
+                seeds.contiguous(),
+                coeffs.contiguous(),
+                coeffs if decay is None else decay.contiguous(),
+                seeds if ends is None else ends.contiguous().view(torch.int8),
+                seeds.numel(),
+                ROWS=_ROWS,
+                GAUSSIAN=distribution == "gaussian",
+                STOCHASTIC=rounding == "stochastic",
+                DECAY=decay is not None,
+                ENDS=ends is not None,
+                DENSE=group.dense,
+            )
+    with torch.no_grad():
+        for p, matrix in copies:
+            p.copy_(matrix.view(p.shape))
+    _written(params)
+
+
+def project(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    param_ids: list[int],
+    row_offsets: list[int],
+    col_offsets: list[int],
+    distribution: str,
+) -> Tensor:
+    _here(vectors[0])
+    terms = seeds.numel()
+    out = torch.empty(terms, dtype=torch.float32, device=seeds.device)
+    if terms == 0:
+        return out
+    matrices = [v.detach().reshape(matrix_shape(v.shape)) for v in vectors]
+    groups = _grouped(matrices, param_ids, row_offsets, col_offsets)
+    runs = [_cdiv(group.tiles, _PROGRAMS) for group in groups]
+    programs = [_cdiv(g.tiles, run) for g, run in zip(groups, runs, strict=True)]
+    partial = torch.empty((sum(programs), terms), dtype=torch.float64, device=seeds.device)
+    with device_guard(seeds):
+        start = 0
+        for group, run, count in zip(groups, runs, programs, strict=True):
+            launch(
+                _update.project_kernel,
+                (count, _cdiv(terms, _SEEDS)),
+                partial[start:],
+                group.table,
+                group.owners,
+                group.like,
+                seeds.contiguous(),
+                group.tiles,
+                run,
+                terms,
+                ROWS=_ROWS,
+                SEEDS=min(_SEEDS, _power(terms)),
+                GAUSSIAN=distribution == "gaussian",
+                DENSE=group.dense,
+            )
+            start += count
+        launch(_update.project_sum_kernel, (terms,), out, partial, start, terms, BLOCK=1024)
+    return out
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Float32 products in float32, unless torch was told otherwise."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+_reported: set[str] = set()
+
+
+def _report(what: str, error: Exception, instead: str) -> None:
+    if what not in _reported:
+        _reported.add(what)
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"{what} did not launch ({reason}); {instead} instead", LaunchWarning, stacklevel=4
+        )
+
+
+def _first_that_launches(what: str, choices: Sequence[Tiles], run: Callable[[Tiles], None]) -> bool:
+    """Launch with the first tiles that fit the GPU; False when none does. Reported once."""
+    for i, tiles in enumerate(choices):
+        try:
+            run(tiles)
+            return True
+        except OutOfResources as error:
+            last = i == len(choices) - 1
+            _report(
+                f"{what} with {tiles}",
+                error,
+                "displaced tiles and the vendor's product" if last else str(choices[i + 1]),
+            )
+    return False
+
+
+def _plan(
+    x: Tensor,
+    w: Tensor,
+    coeffs: Tensor,
+    tokens: int,
+    shared: bool,
+    transposed: bool,
+    distribution: str,
+) -> Plan:
+    return plan(
+        w.shape[0],
+        w.shape[1],
+        tokens=tokens,
+        branches=coeffs.shape[0],
+        terms=coeffs.shape[1],
+        itemsize=w.element_size(),
+        architecture=_architecture(w.device),
+        distribution=distribution,
+        shared=shared,
+        transposed=transposed,
+    )
+
+
+def _fused(
+    y: Tensor,  # [G, tokens, out], contiguous
+    x: Tensor,  # [G tokens, in] or [tokens, in], rows contiguous
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+    tiles: Tiles,
+    splits: int,
+) -> None:
+    """One fused product with given tiles.
+
+    Raises:
+        OutOfResources: the tiles need more than the GPU has.
+    """
+    branches, tokens, fan_out = y.shape
+    fan_in = x.shape[1]
+    terms = coeffs.shape[1]
+    rows = tokens if shared and terms == 1 else branches * tokens
+    skip = col_offset % 256
+    columns = fan_out if transposed else fan_in
+    groups = _cdiv(skip + columns, 256)
+    steps = _cdiv(fan_in, tiles.columns) if transposed else groups
+    run = _cdiv(steps, splits)
+    splits = _cdiv(steps, run)
+    target = y
+    if splits > 1:
+        target = torch.empty((splits, *y.shape), dtype=torch.float32, device=y.device)
+    meta: dict[str, Any] = {
+        "COEFFS": 0 if terms == 1 else _power(coeffs.numel()),
+        "SHARED": shared,
+        "BIAS": bias is not None,
+        "MODE": 0 if splits == 1 else 1,
+        "GAUSSIAN": distribution == "gaussian",
+        "PRECISION": _precision(w.dtype),
+    }
+    place = (col_offset // 256, skip, row_offset, signed32(param_id))
+    with device_guard(y):
+        if transposed:
+            launch(
+                _linear.conv1d_kernel,
+                (groups, _cdiv(rows, tiles.rows), splits),
+                *(target, x, w, y if bias is None else bias, seeds, coeffs),
+                *(rows, tokens, fan_in, fan_out, branches, terms),
+                *place,
+                run * tiles.columns,
+                x.stride(0),
+                *w.stride(),
+                INPUTS=tiles.columns,
+                TOKENS=tiles.rows,
+                **meta,
+                warps=tiles.warps,
+                stages=tiles.stages,
+            )
+        else:
+            launch(
+                _linear.linear_kernel,
+                (_cdiv(fan_out, tiles.outputs), _cdiv(rows, tiles.rows), splits),
+                *(target, x, w, y if bias is None else bias, seeds, seeds, coeffs),
+                *(rows, tokens, fan_in, fan_out, branches, terms, groups),
+                *place,
+                run,
+                x.stride(0),
+                *w.stride(),
+                OUT=tiles.outputs,
+                TOKENS=tiles.rows,
+                COLUMNS=tiles.columns,
+                **meta,
+                warps=tiles.warps,
+                stages=tiles.stages,
+            )
+        if splits > 1:
+            launch(
+                _linear.reduce_kernel,
+                (_cdiv(y.numel(), 1024),),
+                *(y, target, y if bias is None else bias, y.numel(), tokens, fan_out, splits),
+                BLOCK=1024,
+                BIAS=bias is not None,
+            )
+
+
+def _by_tiles(
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+    chunk: int,
+) -> None:
+    """Displace ``chunk`` outputs for all branches into scratch and let the vendor multiply."""
+    branches, tokens, fan_out = y.shape
+    xs = [x] * branches if shared else list(x.view(branches, tokens, -1))
+    scratch: Tensor | None = None
+    for start in range(0, fan_out, chunk):
+        stop = min(start + chunk, fan_out)
+        part = w[:, start:stop] if transposed else w[start:stop]
+        if scratch is None or scratch.shape[1:] != part.shape:
+            scratch = w.new_empty((branches, *part.shape))
+        row0 = row_offset + (0 if transposed else start)
+        col0 = col_offset + (start if transposed else 0)
+        displace_(scratch, part, seeds, coeffs, param_id, row0, col0, distribution, "nearest")
+        for g in range(branches):
+            left = scratch[g] if transposed else scratch[g].t()
+            out = y[g, :, start:stop]
+            if bias is None:
+                torch.mm(xs[g], left, out=out)
+            else:
+                # In the weight's dtype the vendor adds it for free in the product's last pass.
+                torch.addmm(bias[g, start:stop].to(y.dtype), xs[g], left, out=out)
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+) -> Tensor:
+    _here(w)
+    branches = coeffs.shape[0]
+    fan_in, fan_out = w.shape if transposed else (w.shape[1], w.shape[0])
+    lead = x.shape[:-1] if shared else x.shape[1:-1]
+    tokens = lead.numel()
+    y = x.new_empty((branches, tokens, fan_out))
+    flat = x.reshape(-1, fan_in) if fan_in else x.reshape(x.shape[:-1].numel(), 0)
+    if y.numel():
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        coeffs = coeffs.contiguous()
+        place = (param_id, row_offset, col_offset, distribution)
+        rest = (flat, w, bias, seeds, coeffs, *place, shared, transposed)
+        chosen = _plan(x, w, coeffs, tokens, shared, transposed, distribution)
+        done = False
+        if chosen.fused and seeds.numel() and fan_in:
+            choices = fused_tiles(chosen.tiles.rows, w.element_size(), transposed)
+            done = _first_that_launches(
+                "linear", choices, lambda tiles: _fused(y, *rest, tiles, chosen.splits)
+            )
+        if not done:
+            _by_tiles(y, *rest, chosen.chunk if not chosen.fused else _fallback_chunk(w, branches))
+    return y.view(branches, *lead, fan_out)
+
+
+def _fallback_chunk(w: Tensor, branches: int) -> int:
+    """Outputs a tile where the planner had not foreseen tiles."""
+    return max(256, (16 << 20) // max(1, w.shape[1] * w.element_size() * branches))
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    ignore_index: int,
+) -> Tensor:
+    _here(w)
+    if not INTERPRETED:
+        look(w.device, "ids and targets")
+    branches, (vocab, hidden), tokens = coeffs.shape[0], w.shape, targets.numel()
+    losses = torch.zeros((branches, tokens), dtype=torch.float32, device=w.device)
+    if losses.numel():
+        flat = x.reshape(-1, hidden)
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        targets = targets.contiguous()
+        coeffs = coeffs.contiguous()
+        place = (param_id, row_offset, col_offset, distribution)
+        chosen = _plan(x, w, coeffs, tokens, shared, False, distribution)
+        statistics: list[Tensor] = []
+        done = False
+        if chosen.fused and seeds.numel() and hidden and vocab:
+            choices = fused_tiles(chosen.tiles.rows, w.element_size(), False)
+            done = _first_that_launches(
+                "linear_cross_entropy",
+                choices,
+                lambda tiles: statistics.append(
+                    _fused_statistics(flat, w, bias, targets, seeds, coeffs, *place, shared, tiles)
+                ),
+            )
+        if not done:
+            statistics.append(
+                _chunk_statistics(flat, w, bias, targets, seeds, coeffs, *place, shared)
+            )
+        with device_guard(w):
+            launch(
+                _loss.join_kernel,
+                (_cdiv(losses.numel(), 128),),
+                *(losses, statistics[0], targets, flag(w.device), statistics[0].shape[1]),
+                *(losses.numel(), tokens, vocab, ignore_index),
+                BLOCK=128,
+            )
+    if INTERPRETED:
+        look(w.device, "targets")
+    return losses.sum(-1) / (targets != ignore_index).sum()
+
+
+def _fused_statistics(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    tiles: Tiles,
+) -> Tensor:
+    """Softmax statistics ``[3, tiles of the vocabulary, G tokens]`` from fused products."""
+    branches, terms = coeffs.shape
+    tokens, vocab = targets.numel(), w.shape[0]
+    rows = tokens if shared and terms == 1 else branches * tokens
+    pieces = _cdiv(vocab, tiles.outputs)
+    found = torch.empty((3, pieces, branches * tokens), dtype=torch.float32, device=w.device)
+    skip = col_offset % 256
+    groups = _cdiv(skip + w.shape[1], 256)
+    with device_guard(w):
+        launch(
+            _linear.linear_kernel,
+            (pieces, _cdiv(rows, tiles.rows), 1),
+            *(found, x, w, found if bias is None else bias, targets, seeds, coeffs),
+            *(rows, tokens, w.shape[1], vocab, branches, terms, groups),
+            *(col_offset // 256, skip, row_offset, signed32(param_id), groups, x.stride(0)),
+            *w.stride(),
+            OUT=tiles.outputs,
+            TOKENS=tiles.rows,
+            COLUMNS=tiles.columns,
+            COEFFS=0 if terms == 1 else _power(coeffs.numel()),
+            SHARED=shared,
+            BIAS=bias is not None,
+            MODE=2,
+            GAUSSIAN=distribution == "gaussian",
+            PRECISION=_precision(w.dtype),
+            warps=tiles.warps,
+            stages=tiles.stages,
+        )
+    return found
+
+
+def _chunk_statistics(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    """The same from chunks of float32 logits of the vendor's product."""
+    branches, tokens, vocab = coeffs.shape[0], targets.numel(), w.shape[0]
+    rows = branches * tokens
+    scratch_rows = _fallback_chunk(w, branches)
+    chunk = max(1, min(vocab, scratch_rows, max(256, _LOGITS // (4 * rows))))
+    chunks = _cdiv(vocab, chunk)
+    found = torch.empty((3, chunks, rows), dtype=torch.float32, device=w.device)
+    xs = [x] * branches if shared else list(x.view(branches, tokens, -1))
+    for i in range(chunks):
+        start, stop = i * chunk, min(vocab, (i + 1) * chunk)
+        part = displace(
+            *(w[start:stop], seeds, coeffs, param_id, row_offset + start, col_offset),
+            *(distribution, "nearest", None),
+        )
+        logits = torch.empty((branches, tokens, stop - start), dtype=torch.float32, device=w.device)
+        for g in range(branches):
+            _float32_product(xs[g], part[g].t(), logits[g])
+        with device_guard(w):
+            launch(
+                _loss.logits_kernel,
+                (rows,),
+                *(found, logits, found if bias is None else bias, targets, i, chunks, start),
+                *(stop - start, rows, tokens, vocab, stop - start),
+                BLOCK=1024,
+                BIAS=bias is not None,
+            )
+    return found
+
+
+def _float32_product(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """``x @ w`` without a rounding of the result to 16 bits."""
+    if x.dtype == torch.float32:
+        torch.mm(x, w, out=out)
+    elif x.device.type == "cuda":
+        torch.mm(x, w, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(x.float(), w.float(), out=out)
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for the device and raise the index errors of earlier calls."""
+    raise_errors(device)
+
+
+@functools.cache
+def version() -> str:
+    """Triton's version."""
+    return str(triton.__version__)
+
+
+KERNELS: dict[str, Callable[..., object]] = {
+    "sample": sample,
+    "displace": displace,
+    "displace_": displace_,
+    "update_": update_,
+    "project": project,
+    "linear": linear,
+    "embedding": embedding,
+    "linear_cross_entropy": linear_cross_entropy,
+}

@@ -1,0 +1,167 @@
+"""Rows of displaced weights, all branches: ``displace``, ``displace_``, ``embedding``, ``sample``.
+
+    out[g, i, c] = round(w[r_i, c] + sum_k coeffs[g, k] z_k[r_i, c])        one fma a term, in order
+
+``r_i = i`` for a tile of the weight, ``r_i = ids[i]`` (or ``ids[g, i]``) for an embedding.
+
+Program -> tile: axis 0 counts (block of ROWS rows) x (group of 256 columns), groups fastest; axis 1
+counts chunks of BRANCHES branches, or single branches where each has ids of its own. A tile is four
+sub-tiles of 64 columns. With one term, noise is drawn once and every branch of the program reuses
+it; with more, BRANCHES accumulators live in registers and noise is drawn once per chunk.
+
+Napkin (gaussian, bf16, G = 2): 24 instructions of noise and 2 x 3 of fma, rounding and store a
+weight, for 2 bytes read and 4 written. An H100 issues about 27 instructions a weight in the time
+3.35 TB/s moves 6 bytes, so noise and bandwidth are of the same size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zokernels.triton.noise import (
+    direction,
+    key_of,
+    narrow,
+    nearest,
+    number,
+    rounding_words,
+    stochastic,
+    wide,
+)
+
+
+@triton.jit
+def sample_kernel(
+    out,
+    seed,
+    rows,
+    cols,
+    groups,
+    group0,
+    skip,
+    row0,
+    param_id,
+    ROWS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+):
+    """``z`` itself, float32 ``[rows, cols]`` contiguous."""
+    pid = tl.program_id(0).to(tl.int64)
+    group = (pid % groups).to(tl.int32)
+    r = (pid // groups) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, 64)[None, :]
+    k0, k1 = key_of(tl.load(seed))
+    z = direction(
+        (r + row0).to(tl.uint32),
+        c.to(tl.uint32),
+        (group0 + group).to(tl.uint32),
+        param_id.to(tl.uint32),
+        k0,
+        k1,
+        GAUSSIAN,
+    )
+    for j in tl.static_range(4):
+        col = group.to(tl.int64) * 256 + (64 * j - skip) + c
+        tl.store(out + r * cols + col, z[j], mask=(r < rows) & (col >= 0) & (col < cols))
+
+
+@triton.jit
+def displace_kernel(
+    out,
+    w,
+    ids,
+    seeds,
+    coeffs,
+    flag,
+    count,  # rows to make (of one branch)
+    rows,  # rows of w
+    cols,
+    groups,
+    group0,
+    skip,
+    row0,
+    param_id,
+    terms,
+    branches,
+    out_g,
+    out_r,
+    out_c,
+    w_r,
+    w_c,
+    ROWS: tl.constexpr,
+    BRANCHES: tl.constexpr,  # 0: one term, all branches
+    GATHER: tl.constexpr,  # 0: rows of w in order; 1: ids shared by the branches; 2: ids of each
+    GAUSSIAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    dtype: tl.constexpr = out.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    group = (pid % groups).to(tl.int32)
+    i = (pid // groups) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, 64)[None, :]
+    there = i < count
+    bad = i < 0
+    r = i
+    if GATHER:
+        at = i + (chunk.to(tl.int64) * count if GATHER == 2 else 0)
+        r = tl.load(ids + at, mask=there, other=0).to(tl.int64)
+        bad = there & ((r < 0) | (r >= rows))
+        # The value travels to the host with the next look at the flag; the row becomes NaN.
+        tl.store(flag + tl.zeros_like(i), r, mask=bad)
+        tl.store(flag + 1 + tl.zeros_like(i), rows + tl.zeros_like(i), mask=bad)
+        r = tl.where(bad, 0, r)
+    row = (r + row0).to(tl.uint32)
+    col_bits = c.to(tl.uint32)
+    counter = (group0 + group).to(tl.uint32)
+    param = param_id.to(tl.uint32)
+
+    base = ()
+    bits = ()
+    for j in tl.static_range(4):
+        col = group.to(tl.int64) * 256 + (64 * j - skip) + c
+        inside = there & (col >= 0) & (col < cols)
+        x = wide(tl.load(w + r * w_r + col * w_c, mask=inside, other=0.0))
+        base = base + (tl.where(bad, float("nan"), x) if GATHER else x,)
+    if STOCHASTIC:
+        s0, s1 = key_of(tl.load(seeds))
+        words = rounding_words(row, col_bits, counter >> 1, param, s0, s1, 2)
+        for j in tl.static_range(4):
+            bits = bits + ((words[j] >> (16 * (counter & 1))) & 0xFFFF,)
+
+    if BRANCHES == 0:
+        k0, k1 = key_of(tl.load(seeds))
+        z = direction(row, col_bits, counter, param, k0, k1, GAUSSIAN)
+        first = chunk if GATHER == 2 else 0
+        last = chunk + 1 if GATHER == 2 else branches
+        for g in range(first, last):
+            scale = tl.load(coeffs + g)
+            for j in tl.static_range(4):
+                col = group.to(tl.int64) * 256 + (64 * j - skip) + c
+                x = tl.fma(scale, z[j], base[j])
+                x = stochastic(x, bits[j], dtype) if STOCHASTIC else nearest(x, dtype)
+                place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
+                tl.store(place, narrow(x, dtype), mask=there & (col >= 0) & (col < cols))
+    else:
+        acc = ()
+        for _ in tl.static_range(BRANCHES):
+            acc = acc + base
+        for k in range(terms):
+            k0, k1 = key_of(tl.load(seeds + k))
+            z = direction(row, col_bits, counter, param, k0, k1, GAUSSIAN)
+            new = ()
+            for b in tl.static_range(BRANCHES):
+                g = chunk * BRANCHES + b
+                scale = tl.load(coeffs + g * terms + k, mask=g < branches, other=0.0)
+                for j in tl.static_range(4):
+                    new = new + (tl.fma(scale, z[j], acc[4 * b + j]),)
+            acc = new
+        for b in tl.static_range(BRANCHES):
+            g = chunk * BRANCHES + b
+            for j in tl.static_range(4):
+                col = group.to(tl.int64) * 256 + (64 * j - skip) + c
+                x = acc[4 * b + j]
+                x = stochastic(x, bits[j], dtype) if STOCHASTIC else nearest(x, dtype)
+                place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
+                inside = there & (col >= 0) & (col < cols) & (g < branches)
+                tl.store(place, narrow(x, dtype), mask=inside)

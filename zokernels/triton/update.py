@@ -1,0 +1,222 @@
+"""Fused update and inner product over many tensors: ``update_`` and ``project``.
+
+    update_:  for k in order:  w = fma(coeffs[k], z_k, w * decay[k]);  if ends[k]:  w = round(w)
+    project:  out[k] = sum over tensors of <v, z_k>, products and sums in float64
+
+Many tensors, one launch: row ``t`` of ``table`` (int64) describes tensor ``t`` (:data:`FIELDS`) and
+``owners[tile]`` says whose a tile is. A tile is ROWS x 512 columns, eight sub-tiles of 64, because
+two groups of 256 share one draw of rounding bits.
+
+Program -> tile (update_): one each. A weight is read once and written once, whatever the number of
+terms: everything between happens in registers, roundings included, so a replay equals the separate
+steps bit for bit. A term of coefficient 0 and decay 1 is left out (its rounding is idempotent).
+
+Program -> tiles (project): a contiguous run of tiles, and SEEDS seeds; partial sums of one program
+are added in a fixed order by ``project_sum_kernel``, one program a seed.
+
+Napkin (bf16, stochastic, one term): 4 bytes a weight; gaussian 24 instructions of noise, 4 of
+rounding words (half a Philox call for eight weights), about 8 of conversion and rounding. On a
+GPU with 2 TB/s for every 19e12 instructions/s, as the A100, the generator and the bytes take the
+same time within a factor of 1.2; rademacher is bound by the bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zokernels.triton.noise import (
+    direction,
+    key_of,
+    narrow,
+    nearest,
+    number,
+    rounding_words,
+    stochastic,
+    wide,
+)
+
+# Columns of the table: address, rows, columns, strides in elements, parameter id, row offset, first
+# pair of groups, columns left out of it, pairs, first tile.
+FIELDS = (
+    "address",
+    "rows",
+    "cols",
+    "stride_r",
+    "stride_c",
+    "param_id",
+    "row0",
+    "pair0",
+    "skip",
+    "pairs",
+    "tile0",
+)
+_WIDTH: tl.constexpr = tl.constexpr(len(FIELDS))
+
+
+@triton.jit
+def _place(table, owners, tile, dtype: tl.constexpr, ROWS: tl.constexpr, DENSE: tl.constexpr):
+    """Where a tile is: its pointers' base, rows, columns and counters."""
+    entry = table + tl.load(owners + tile).to(tl.int64) * _WIDTH
+    pointer = tl.load(entry).to(tl.pointer_type(dtype))
+    rows = tl.load(entry + 1)
+    cols = tl.load(entry + 2)
+    stride_r = tl.load(entry + 3)
+    stride_c = tl.load(entry + 4)
+    skip = tl.load(entry + 8)
+    pairs = tl.load(entry + 9)
+    local = tile - tl.load(entry + 10)
+    pair = local % pairs
+    r = (local // pairs) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = pair * 512 - skip + tl.arange(0, 64)[None, :]
+    if DENSE:
+        # Aligned contiguous rows without a column offset: sixteen bytes at a time.
+        pointer = tl.multiple_of(pointer, 16)
+        stride_r = tl.multiple_of(stride_r, 16)
+        cols = tl.multiple_of(cols, 16)
+        c = tl.max_contiguous(
+            tl.multiple_of(pair * 512 + tl.arange(0, 64)[None, :], [1, 64]), [1, 64]
+        )
+        places = pointer + r * stride_r + c
+        step = 64
+    else:
+        places = pointer + r * stride_r + c * stride_c
+        step = 64 * stride_c
+    row = (r + tl.load(entry + 6)).to(tl.uint32)
+    number = (tl.load(entry + 7) + pair).to(tl.uint32)
+    param = tl.load(entry + 5).to(tl.uint32)
+    return places, step, r < rows, c, cols, row, number, param, cols + skip - pair * 512
+
+
+@triton.jit
+def update_kernel(
+    table,
+    owners,
+    like,  # only its dtype counts
+    seeds,
+    coeffs,
+    decay,
+    ends,
+    terms,
+    ROWS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DECAY: tl.constexpr,
+    ENDS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    dtype: tl.constexpr = like.dtype.element_ty
+    tile = tl.program_id(0).to(tl.int64)
+    places, step, there, c, cols, row, pair, param, live = _place(
+        table, owners, tile, dtype, ROWS, DENSE
+    )
+    col = tl.arange(0, 64)[None, :].to(tl.uint32)
+    both = live > 256  # the second group has columns of the tensor
+    acc = ()
+    for j in tl.static_range(8):
+        at = c + 64 * j
+        inside = there & (at >= 0) & (at < cols)
+        acc = acc + (wide(tl.load(places + step * j, mask=inside, other=0.0)),)
+    for k in range(terms):
+        k0, k1 = key_of(tl.load(seeds + k))
+        scale = tl.load(coeffs + k)
+        factor = 1.0
+        if DECAY:
+            factor = tl.load(decay + k)
+        if (scale != 0.0) | (factor != 1.0):
+            moved = ()
+            z = direction(row, col, pair * 2, param, k0, k1, GAUSSIAN)
+            for j in tl.static_range(4):
+                moved = moved + (tl.fma(scale, z[j], acc[j] * factor if DECAY else acc[j]),)
+            for j in tl.static_range(4):
+                moved = moved + (acc[4 + j],)
+            acc = moved
+            if both:
+                moved = (acc[0], acc[1], acc[2], acc[3])
+                z = direction(row, col, pair * 2 + 1, param, k0, k1, GAUSSIAN)
+                for j in tl.static_range(4):
+                    x = acc[4 + j]
+                    moved = moved + (tl.fma(scale, z[j], x * factor if DECAY else x),)
+                acc = moved
+        if dtype != tl.float32:
+            end = k == terms - 1
+            if ENDS:
+                end = end | (tl.load(ends + k) != 0)
+            else:
+                end = k >= 0
+            if end:
+                rounded = ()
+                if STOCHASTIC:
+                    words = rounding_words(row, col, pair, param, k0, k1, 1)
+                    for j in tl.static_range(8):
+                        bits = (words[j % 4] >> (16 * (j // 4))) & 0xFFFF
+                        rounded = rounded + (stochastic(acc[j], bits, dtype),)
+                else:
+                    for j in tl.static_range(8):
+                        rounded = rounded + (nearest(acc[j], dtype),)
+                acc = rounded
+    for j in tl.static_range(8):
+        at = c + 64 * j
+        inside = there & (at >= 0) & (at < cols)
+        tl.store(places + step * j, narrow(acc[j], dtype), mask=inside)
+
+
+@triton.jit
+def project_kernel(
+    partial,  # float64 [programs, terms]
+    table,
+    owners,
+    like,
+    seeds,
+    tiles,
+    run,  # tiles a program
+    terms,
+    ROWS: tl.constexpr,
+    SEEDS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    dtype: tl.constexpr = like.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    col = tl.arange(0, 64)[None, :].to(tl.uint32)
+    sums = ()
+    for _ in tl.static_range(SEEDS):
+        sums = sums + (tl.zeros((ROWS, 64), tl.float64),)
+    for tile in range(program * run, tl.minimum(program * run + run, tiles)):
+        places, step, there, c, cols, row, pair, param, _live = _place(
+            table, owners, tile, dtype, ROWS, DENSE
+        )
+        for half in tl.static_range(2):
+            v = ()
+            for j in tl.static_range(4):
+                at = c + 64 * (4 * half + j)
+                inside = there & (at >= 0) & (at < cols)
+                x = tl.load(places + step * (4 * half + j), mask=inside, other=0.0)
+                v = v + (wide(x).to(tl.float64),)
+            new = ()
+            for s in tl.static_range(SEEDS):
+                k = tl.minimum(chunk * SEEDS + s, terms - 1)
+                k0, k1 = key_of(tl.load(seeds + k))
+                z = direction(row, col, pair * 2 + half, param, k0, k1, GAUSSIAN)
+                total = sums[s]
+                for j in tl.static_range(4):
+                    total = tl.fma(v[j], z[j].to(tl.float64), total)
+                new = new + (total,)
+            sums = new
+    for s in tl.static_range(SEEDS):
+        k = chunk * SEEDS + s
+        value = tl.sum(tl.sum(sums[s], axis=1), axis=0)
+        tl.store(partial + program * terms + k, value, mask=k < terms)
+
+
+@triton.jit
+def project_sum_kernel(out, partial, programs, terms, BLOCK: tl.constexpr):
+    """``out[k] = sum over programs of partial[:, k]``, in a fixed order, rounded once."""
+    k = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, programs, BLOCK):
+        at = number(start, tl.int64) + i
+        total += tl.load(partial + at * terms + k, mask=at < programs, other=0.0)
+    tl.store(out + k, tl.sum(total, axis=0).to(tl.float32))
