@@ -22,8 +22,13 @@ Kernel = Callable[..., object]
 # Backend name -> (module with KERNELS, device types it serves), fastest first.
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpp": ("zokernels.cpp", ("cpu",)),
+    "triton": ("zokernels.triton.backend", ("cuda",)),
+    "cuda": ("zokernels.cuda", ("cuda",)),
     "reference": ("zokernels.reference", ("*",)),
 }
+
+# Op -> backend that serves it before the order above: where a measurement found it faster.
+_FASTER: dict[str, str] = {}
 
 
 @dataclass
@@ -48,7 +53,10 @@ def _load(name: str) -> Backend:
     module, devices = _KNOWN[name]
     backend = Backend(name, devices)
     try:
-        backend.kernels = dict(importlib.import_module(module).KERNELS)
+        found = importlib.import_module(module)
+        backend.kernels = dict(found.KERNELS)
+        # Triton's interpreter works on CPU tensors.
+        backend.devices = getattr(found, "DEVICES", devices)
     except (ImportError, OSError, RuntimeError) as error:
         backend.reason = f"{type(error).__name__}: {error}"
     return backend
@@ -122,7 +130,8 @@ def kernel(backend: str, op: str) -> Kernel:
 
 def serving(op: str, device: str) -> str:
     """Name of the backend that serves an op on a device type."""
-    for name, backend in backends().items():
+    first = _FASTER.get(op)
+    for name, backend in sorted(backends().items(), key=lambda item: item[0] != first):
         if (
             (_forced is None or name == _forced)
             and backend.serves(device)
