@@ -140,6 +140,52 @@ def test_scale_multiplies_one_parameters_coefficients():
         close(got[g], want)
 
 
+@pytest.mark.parametrize("sequential", [None, True, False])
+def test_scale_by_seed(sequential):
+    """One evaluation in which two parameters move along different seeds."""
+    model = net()
+    seeds, table = [5, 9, 4], [[0.1, 0.2, 0.3], [-0.1, 0.2, 0.0]]
+    scale = {n: (0.0, 1.0, 0.5) for n, _ in model.named_parameters()}
+    scale["first.weight"] = (2.0, 0.0, 0.0)
+    got = zo.branches(model, seeds, table, scale=scale, sequential=sequential)(lambda: model(X))
+    parameters = dict(model.named_parameters())
+    for g, row in enumerate(table):
+        kept = {n: p.detach().clone() for n, p in parameters.items()}
+        with torch.no_grad():
+            for k, (seed, c) in enumerate(zip(seeds, row, strict=True)):
+                for n, z in zo.directions(model, seed=seed).items():
+                    parameters[n].add_(z, alpha=c * scale[n][k])
+            want = model(X)
+            for n, p in parameters.items():
+                p.copy_(kept[n])
+        close(got[g], want)
+
+
+def test_scale_by_seed_must_fit_the_seeds():
+    with pytest.raises(ValueError, match="3 numbers"):
+        zo.branches(net(), [1, 2, 3], [[0.1] * 3], scale={"first.weight": (1.0, 2.0)})
+
+
+@pytest.mark.parametrize("sequential", [None, True, False])
+def test_inputs_of_every_branch(sequential):
+    """Branch g sees slice g of what is given stacked, and what is shared as it is."""
+    model = net()
+    inputs = torch.stack([X, X + 1, X * 2])
+    offsets = torch.tensor([1.0, 2.0, 3.0])
+    table = [[0.1, 0.0], [0.0, 0.2], [0.0, 0.0]]
+    br = zo.branches(model, [3, 4], table, sequential=sequential)
+    for _ in range(2):  # the first evaluation is compared with one branch at a time
+        got = br(lambda x, offset: model(x) + offset + X.sum(), inputs, offsets)
+        want = [
+            at_weights(model, [3, 4], [row], lambda x=x, c=c: model(x) + c + X.sum())[0]
+            for row, x, c in zip(table, inputs, offsets, strict=True)
+        ]
+        close(got, torch.stack(want))
+    with pytest.raises(ValueError, match="3 branches in dimension 0"):
+        br(lambda x: model(x), inputs[:2])
+    close(br(lambda: model(X))[2], model(X).detach())
+
+
 def test_no_terms_is_the_model_itself():
     model = net()
     close(zo.branches(model, [], [[], []])(lambda: model(X)), torch.stack([model(X)] * 2).detach())

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import verify
 from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, exchanged
-from zokernels.lazy import Lazy, LazyParameter
+from zokernels.lazy import Lazy, LazyParameter, Scale, scaled
 from zokernels.lazy.masked import displaced as displaced_under_mask
 from zokernels.losses import loss_of
 from zokernels.masks import Mask
@@ -82,7 +82,8 @@ class Branches:
             the weights, by a product with the weights as they are and a correction), along
             directions of their own; ``params`` must be None.
         distribution: ``"gaussian"`` or ``"rademacher"``.
-        scale: factor of the coefficients by parameter name, 1 where absent.
+        scale: factor of the coefficients by parameter name, or a tuple of K factors, one a seed; 1
+            where absent. A seed whose factor is 0 is not drawn.
         sequential: True runs one branch after another (any callable, memory of one branch); False
             raises where stacking fails; None stacks, and goes one by one where that fails.
 
@@ -100,7 +101,7 @@ class Branches:
         params: Selection = None,
         mask: Mask | None = None,
         distribution: str = "gaussian",
-        scale: Mapping[str, float] | None = None,
+        scale: Mapping[str, Scale] | None = None,
         sequential: bool | None = None,
     ) -> None:
         if distribution not in DISTRIBUTIONS:
@@ -115,6 +116,14 @@ class Branches:
         unknown = [n for n in self.scale if n not in self.binding.by_name]
         if unknown:
             raise ValueError(f"scale must name moving parameters; unknown: {unknown[:5]}")
+        for name, factor in self.scale.items():
+            if isinstance(factor, tuple) and len(factor) != self.seeds.numel():
+                raise ValueError(
+                    f"scale[{name!r}] must be a number or {self.seeds.numel()} numbers, one a "
+                    f"seed; got {len(factor)}"
+                )
+        self._inputs: tuple[Tensor, ...] = ()  # [G, ...] each
+        self._own: tuple[Tensor, ...] = ()  # of the branch that is being evaluated
         self.sequential = sequential
 
     @property
@@ -132,21 +141,36 @@ class Branches:
         """How often parameters were formed whole in the last evaluation of this model."""
         return dict(self._memory().lazy.state.materialised)
 
-    def __call__(self, fn: Callable[[], Any]) -> Any:
-        """``fn()`` at every branch.
+    def __call__(self, fn: Callable[..., Any], *stacked: Tensor) -> Any:
+        """``fn()`` at every branch, or ``fn(*(x[g] for x in stacked))`` at branch ``g``.
 
         Args:
-            fn: called without arguments; returns a tensor, or tensors in tuples, lists, dicts or
-                transformers outputs. Stacked evaluation calls it once and, on the first use of a
-                model, once more per branch to compare. Random numbers (dropout) are the same in all
-                branches.
+            fn: returns a tensor, or tensors in tuples, lists, dicts or transformers outputs.
+                Stacked evaluation calls it once and, on the first use of a model, once more per
+                branch to compare. Random numbers (dropout) are the same in all branches.
+            stacked: tensors ``[G, ...]`` that differ between the branches, such as the activations
+                of an earlier evaluation.
 
         Returns:
             The same structure, each tensor stacked to ``[G, ...]``.
 
         Raises:
+            ValueError: a tensor of ``stacked`` has another first dimension than G.
             Whatever ``fn`` raises; RuntimeError when stacking fails and ``sequential`` is False.
         """
+        for x in stacked:
+            if x.dim() == 0 or x.shape[0] != self.num_branches:
+                raise ValueError(
+                    f"stacked must have {self.num_branches} branches in dimension 0; got shape "
+                    f"{tuple(x.shape)}"
+                )
+        self._inputs = stacked
+        if stacked:
+            given = fn
+
+            def fn() -> Any:
+                return given(*self._own)
+
         if torch.compiler.is_compiling():
             return self._captured(fn)
         memory = self._memory()
@@ -240,8 +264,9 @@ class Branches:
         state = memory.lazy.state
         layout: list[Any] = []
 
-        def body(branch: Tensor) -> tuple[Tensor, ...]:
+        def body(branch: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
             state.level = functorch.maybe_get_level(branch)
+            self._own = own
             try:
                 leaves, spec = _flatten(fn())
                 leaves = [_plain(leaf) for leaf in leaves]
@@ -256,8 +281,9 @@ class Branches:
         try:
             with self._active(memory, self.coeffs):
                 index = torch.arange(self.num_branches, device=self.binding.device)
-                stacked = iter(torch.func.vmap(body, randomness="same")(index))
+                stacked = iter(torch.func.vmap(body, randomness="same")(index, *self._inputs))
         finally:
+            self._own = ()
             _warn_of_loops(True)
         leaves, spec = layout
         return tree_unflatten(
@@ -286,6 +312,7 @@ class Branches:
         with _same_random_numbers(self.binding.device) as rewind:
             for g in range(self.num_branches):
                 rewind()
+                self._own = tuple(x[g] for x in self._inputs)
                 with self._active(memory, self.coeffs[g : g + 1]):
                     leaves, spec = _flatten(fn())
                     every.append([_plain(leaf) for leaf in leaves])
@@ -402,7 +429,7 @@ def branches(
     params: Selection = None,
     mask: Mask | None = None,
     distribution: str = "gaussian",
-    scale: Mapping[str, float] | None = None,
+    scale: Mapping[str, Scale] | None = None,
     sequential: bool | None = None,
 ) -> Branches:
     """:class:`Branches` of a model: ``zo.branches(model, [seed], [[eps], [-eps]])(fn)``."""
@@ -476,7 +503,7 @@ def displaced(
     params: Selection = None,
     mask: Mask | None = None,
     distribution: str = "gaussian",
-    scale: Mapping[str, float] | None = None,
+    scale: Mapping[str, Scale] | None = None,
 ) -> Iterator[nn.Module]:
     """Any code inside sees ``W + sum_k coeffs[k] z(seeds[k])``; the weights are not touched.
 
@@ -532,7 +559,7 @@ def displaced_storage(
     params: Sequence[BoundParameter],
     seeds: Tensor,
     coeffs: Tensor,
-    scale: Mapping[str, float],
+    scale: Mapping[str, Scale],
     distribution: str,
 ) -> contextlib.AbstractContextManager[None]:
     """Parameters at one branch, ``coeffs`` ``[1, K]``, in storage of their own: a copy of them.
@@ -541,8 +568,7 @@ def displaced_storage(
     """
 
     def storage(p: BoundParameter, data: Tensor) -> Tensor:
-        keys = seeds.to(p.device)
-        table = (coeffs * scale.get(p.name, 1.0)).to(p.device)
+        keys, table = (t.to(p.device) for t in scaled(seeds, coeffs, scale.get(p.name, 1.0)))
         if p.masked is not None:
             return displaced_under_mask(
                 data.reshape(p.matrix),

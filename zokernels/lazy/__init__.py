@@ -8,7 +8,7 @@ Anything not registered gets the displaced tensor itself.
 from zokernels.lazy import products as products
 from zokernels.lazy import vectors as vectors
 from zokernels.lazy import views as views
-from zokernels.lazy.parameter import LazyParameter, State, UnsupportedUse
+from zokernels.lazy.parameter import LazyParameter, Scale, State, UnsupportedUse, scaled
 from zokernels.lazy.stand_ins import Lazy
 
-__all__ = ["Lazy", "LazyParameter", "State", "UnsupportedUse"]
+__all__ = ["Lazy", "LazyParameter", "Scale", "State", "UnsupportedUse", "scaled"]

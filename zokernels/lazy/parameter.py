@@ -32,6 +32,18 @@ SMALL = 1 << 16
 _ops = torch.ops.zokernels
 
 
+# Factor of a parameter's coefficients, or K factors, one a seed.
+Scale = float | tuple[float, ...]
+
+
+def scaled(seeds: Tensor, coeffs: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Seeds ``[K]`` and coefficients ``[G, K]`` of a parameter, without seeds of factor 0."""
+    if not isinstance(scale, tuple):
+        return seeds, coeffs if scale == 1.0 else coeffs * scale
+    used = [k for k, factor in enumerate(scale) if factor]
+    return seeds[used], coeffs[:, used] * coeffs.new_tensor([scale[k] for k in used])
+
+
 class UnsupportedUse(RuntimeError):
     """A use of a parameter that cannot be evaluated at several branches at once."""
 
@@ -51,19 +63,19 @@ class State:
         self.level: int | None = None
         self.seeds: Tensor | None = None
         self.coeffs: Tensor | None = None
-        self.scale: Mapping[str, float] = {}
+        self.scale: Mapping[str, Scale] = {}
         self.distribution = "gaussian"
         self.touched: set[str] = set()
         self.materialised: Counter[str] = Counter()
         self.low_precision = False
-        self._terms: dict[tuple[torch.device, float], tuple[Tensor, Tensor]] = {}
+        self._terms: dict[tuple[torch.device, Scale], tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
 
     def begin(
         self,
         seeds: Tensor,
         coeffs: Tensor,
-        scale: Mapping[str, float],
+        scale: Mapping[str, Scale],
         distribution: str,
     ) -> None:
         self.seeds, self.coeffs, self.scale = seeds, coeffs, scale
@@ -93,8 +105,8 @@ class State:
         scale = self.scale.get(name, 1.0)
         found = self._terms.get((device, scale))
         if found is None:
-            coeffs = self.coeffs if scale == 1.0 else self.coeffs * scale
-            found = self._terms[device, scale] = (self.seeds.to(device), coeffs.to(device))
+            seeds, coeffs = scaled(self.seeds, self.coeffs, scale)
+            found = self._terms[device, scale] = (seeds.to(device), coeffs.to(device))
         return found
 
     def lift(self, branches: Tensor) -> Tensor:
