@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zokernels import cpp_sparse
 from zokernels._load import native_library
+from zokernels._native import DISTRIBUTION, check_index, written
 
 _library = native_library("_zokernels_cpu")
 _library.zokernels_cpu_isa.restype = ctypes.c_char_p
@@ -36,7 +38,6 @@ _library.zokernels_cpu_plan.argtypes = [
 _library.zokernels_cpu_plan.restype = None
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DISTRIBUTION = {"gaussian": 0, "rademacher": 1}
 _ROUNDING = {"nearest": 0, "stochastic": 1}
 
 _sample = torch.ops.zokernels_cpp.sample.default
@@ -124,7 +125,7 @@ def generate(distribution: str, seed: int, groups: int) -> float:
 
     This is the generator alone, with nothing loaded or stored: the noise floor of every op.
     """
-    return float(_library.zokernels_cpu_generate(_DISTRIBUTION[distribution], seed, groups))
+    return float(_library.zokernels_cpu_generate(DISTRIBUTION[distribution], seed, groups))
 
 
 def _vendor_supports(name: str) -> bool:
@@ -152,11 +153,6 @@ def widen_products(*, bf16: bool | None = None, f16: bool | None = None) -> None
 widen_products()
 
 
-def _written(tensors: list[Tensor]) -> None:
-    """Tell torch what was written behind its back, as an in-place operator would."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
-
-
 def sample(
     rows: int,
     cols: int,
@@ -167,7 +163,7 @@ def sample(
     distribution: str,
 ) -> Tensor:
     out: Tensor = _sample(
-        rows, cols, seed, param_id, row_offset, col_offset, _DISTRIBUTION[distribution]
+        rows, cols, seed, param_id, row_offset, col_offset, DISTRIBUTION[distribution]
     )
     return out
 
@@ -196,13 +192,13 @@ def displace_(
         param_id,
         row_offset,
         col_offset,
-        _DISTRIBUTION[distribution],
+        DISTRIBUTION[distribution],
         _ROUNDING[rounding],
     )
     if dense is not out:
         out.copy_(dense)
     else:
-        _written([out])
+        written([out])
 
 
 def displace(
@@ -225,7 +221,7 @@ def displace(
         param_id,
         row_offset,
         col_offset,
-        _DISTRIBUTION[distribution],
+        DISTRIBUTION[distribution],
         _ROUNDING[rounding],
     )
     return out
@@ -252,10 +248,10 @@ def update_(
         param_ids,
         row_offsets,
         col_offsets,
-        _DISTRIBUTION[distribution],
+        DISTRIBUTION[distribution],
         _ROUNDING[rounding],
     )
-    _written(params)
+    written(params)
 
 
 def project(
@@ -267,7 +263,7 @@ def project(
     distribution: str,
 ) -> Tensor:
     out: Tensor = _project(
-        vectors, seeds, param_ids, row_offsets, col_offsets, _DISTRIBUTION[distribution]
+        vectors, seeds, param_ids, row_offsets, col_offsets, DISTRIBUTION[distribution]
     )
     return out
 
@@ -294,7 +290,7 @@ def linear(
         param_id,
         row_offset,
         col_offset,
-        _DISTRIBUTION[distribution],
+        DISTRIBUTION[distribution],
         shared,
         transposed,
     )
@@ -322,22 +318,14 @@ def embedding(
             param_id,
             row_offset,
             col_offset,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             shared,
         )
     except RuntimeError:
-        _check_index("ids", ids, w.shape[0], "")
+        check_index("ids", ids, w.shape[0])
         raise
     lead = ids.shape if shared else ids.shape[1:]
     return y if len(lead) == 1 else y.view(y.shape[0], *lead, y.shape[2])
-
-
-def _check_index(name: str, index: Tensor, size: int, also: str) -> None:
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
-        raise IndexError(
-            f"{name} must be in [0, {size}){also}; got values from {int(index.min())} to "
-            f"{int(index.max())}"
-        ) from None
 
 
 def linear_cross_entropy(
@@ -365,13 +353,13 @@ def linear_cross_entropy(
             param_id,
             row_offset,
             col_offset,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             shared,
             ignore_index,
         )
     except RuntimeError:
         kept = targets[targets != ignore_index]
-        _check_index("targets", kept, w.shape[0], f" or ignore_index={ignore_index}")
+        check_index("targets", kept, w.shape[0], f" or ignore_index={ignore_index}")
         raise
     return loss
 
@@ -385,4 +373,5 @@ KERNELS: dict[str, Callable[..., object]] = {
     "linear": linear,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
+    **cpp_sparse.KERNELS,
 }

@@ -289,6 +289,15 @@ def _masked_values(w: Tensor, indices: Tensor, shadow: Tensor) -> tuple[Tensor, 
     return stored, torch.where(same, shadow, stored.float())
 
 
+def scatter_(param: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write float32 values, rounded to nearest, at flat indices of a tensor of any strides."""
+    rounded = values.to(param.dtype)
+    if param.is_contiguous():
+        param.view(-1)[indices] = rounded
+    else:
+        param[torch.unravel_index(indices, param.shape)] = rounded
+
+
 def sparse_displace(
     w: Tensor,
     indices: Tensor,
@@ -319,7 +328,7 @@ def sparse_update_(
     update_(every, seeds, coeffs, decay, None, param_ids, [], [], distribution, "nearest")
     for param, index, shadow, values in zip(params, indices, shadows, every, strict=True):
         shadow.copy_(values)
-        param.put_(index, values.to(param.dtype))
+        scatter_(param, index, values)
 
 
 def sparse_linear(
@@ -378,7 +387,8 @@ def sparse_embedding(
     moved = sparse_displace(w, indices, shadow, seeds, coeffs, param_id, offset, distribution)
     moved = moved.to(w.dtype)
     rows = w[ids]
-    out = rows.expand(branches, *rows.shape).clone() if shared else rows.clone()
+    out = rows.expand(branches, *rows.shape) if shared else rows
+    out = out.clone(memory_format=torch.contiguous_format)
     flat = out.reshape(branches, -1, cols)
     for g in range(branches):
         looked_up = (ids if shared else ids[g]).reshape(-1).to(torch.int64)

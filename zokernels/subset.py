@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernels.noise import CONTRACT_VERSION, DISTRIBUTIONS, ROUNDINGS, matrix_shape, signed_seed
+from zokernels.reference import scatter_
 
 
 class ModelChangedError(RuntimeError):
@@ -324,7 +325,7 @@ class Subset:
                     p.tensor.copy_(values)
                 else:
                     p.masked.shadow.copy_(values)
-                    p.tensor.put_(p.masked.indices, p.masked.shadow.to(p.dtype))
+                    scatter_(p.tensor, p.masked.indices, p.masked.shadow)
 
 
 def _compact(p: BoundParameter, vector: Tensor) -> Tensor:

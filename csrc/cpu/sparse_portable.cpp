@@ -1,0 +1,3 @@
+// The correction on plain C++.
+#define ZK_CORRECT sparse_correct_portable
+#include "sparse.inl"
