@@ -26,8 +26,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from zokernels.displacement import (
@@ -215,10 +214,6 @@ class Order(Message):
         """The order as the client reads it: its numbers rounded to float32."""
         return Order.decode(self.encode())
 
-    def shortened(self, steps: int) -> Order:
-        """The same order with fewer local steps."""
-        return replace(self, steps=min(self.steps, steps))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Message):
@@ -304,8 +299,3 @@ class Dense(Message):
     def _read(cls, header: tuple[int, int, int], data: memoryview) -> Self:
         round_, client, fingerprint = header
         return cls(round=round_, client=client, fingerprint=fingerprint, data=data)
-
-
-def dense_size(parts: Sequence[int]) -> int:
-    """Bytes of a dense message for tensors of these sizes in bytes."""
-    return OVERHEAD + sum(parts)

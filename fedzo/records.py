@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -79,3 +79,15 @@ class RoundRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-compatible values (client numbers become strings in JSON objects)."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RoundRecord:
+        """Read what :meth:`to_dict` gave, also after JSON."""
+        kept = dict(values)
+        kept["scalars"] = ScalarStats(**kept["scalars"])
+        for name in ("invited", "accepted", "dropped", "late", "flagged"):
+            kept[name] = tuple(kept[name])
+        for name in ("rejected", "losses", "lrs", "steps", "gradip"):
+            kept[name] = {int(k): v for k, v in kept[name].items()}
+        kept["gradip"] = {k: tuple(v) for k, v in kept["gradip"].items()}
+        return cls(**kept)

@@ -34,8 +34,10 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss of a batch, a 0-d tensor. Must not read values on the host (``.item()``): it
-        runs at several branches at once."""
+        """Mean loss of a batch, a 0-d tensor.
+
+        Must not read values on the host (``.item()``): it runs at several branches at once. Where
+        gradients are enabled it must be differentiable (the FedAvg baselines need that)."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
