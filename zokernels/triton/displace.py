@@ -158,10 +158,10 @@ def displace_kernel(
             acc = new
         for b in tl.static_range(BRANCHES):
             g = chunk * BRANCHES + b
-            for j in tl.static_range(4):
-                col = group.to(tl.int64) * 256 + (64 * j - skip) + c
-                x = acc[4 * b + j]
-                x = stochastic(x, bits[j], dtype) if STOCHASTIC else nearest(x, dtype)
-                place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
-                inside = there & (col >= 0) & (col < cols) & (g < branches)
-                tl.store(place, narrow(x, dtype), mask=inside)
+            if g < branches:
+                for j in tl.static_range(4):
+                    col = group.to(tl.int64) * 256 + (64 * j - skip) + c
+                    x = acc[4 * b + j]
+                    x = stochastic(x, bits[j], dtype) if STOCHASTIC else nearest(x, dtype)
+                    place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
+                    tl.store(place, narrow(x, dtype), mask=there & (col >= 0) & (col < cols))

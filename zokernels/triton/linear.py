@@ -36,16 +36,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zokernels.triton.noise import _INTERPRETED, direction, key_of, nearest, number, wide
+from zokernels.triton.noise import _INTERPRETED, direction, key_of, narrow, nearest, number, wide
 
 
 @triton.jit
 def _operand(x, dtype: tl.constexpr):
     """A tile as the matrix unit takes it; the interpreter multiplies in float32."""
-    if _INTERPRETED:
-        return nearest(wide(x), dtype)
-    else:
+    if not _INTERPRETED:
         return x.to(dtype)
+    elif x.dtype == dtype:
+        return wide(x)
+    else:
+        return nearest(x, dtype)
 
 
 @triton.jit
@@ -161,7 +163,7 @@ def linear_kernel(
         if BIAS and MODE != 1:
             result += wide(tl.load(bias + branch * fan_out + n, mask=inside, other=0.0))
         if MODE == 0:
-            out = nearest(result, dtype).to(dtype)
+            out = narrow(nearest(result, dtype), dtype)
             tl.store(y + own * fan_out + n, out, mask=inside)
         elif MODE == 1:
             place = y + (split.to(tl.int64) * outputs + own) * fan_out + n
@@ -291,7 +293,7 @@ def conv1d_kernel(
             if BIAS and MODE != 1:
                 result += wide(tl.load(bias + branch * fan_out + n, mask=inside, other=0.0))
             if MODE == 0:
-                out = nearest(result, dtype).to(dtype)
+                out = narrow(nearest(result, dtype), dtype)
                 tl.store(y + own * fan_out + n, out, mask=inside)
             else:
                 place = y + (split.to(tl.int64) * outputs + own) * fan_out + n
@@ -320,4 +322,4 @@ def reduce_kernel(
     if BIAS:
         branch = i // fan_out // tokens
         total += wide(tl.load(bias + branch * fan_out + i % fan_out, mask=inside, other=0.0))
-    tl.store(y + i, nearest(total, dtype).to(dtype), mask=inside)
+    tl.store(y + i, narrow(nearest(total, dtype), dtype), mask=inside)

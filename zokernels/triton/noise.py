@@ -206,10 +206,17 @@ def stochastic(x, bits, dtype: tl.constexpr):
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """Float32 that ``dtype`` holds exactly, as ``dtype``."""
-    return x.to(dtype)
+    if dtype == tl.bfloat16 and _INTERPRETED:
+        return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
 def wide(x):
     """Any float as float32."""
-    return x.to(tl.float32)
+    if x.dtype == tl.bfloat16 and _INTERPRETED:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
