@@ -6,6 +6,7 @@
 // registers between the load of a weight and the store of its result.
 
 #include <cstddef>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -14,13 +15,6 @@ namespace zk {
 namespace {
 
 using Keys = PhiloxKeys;
-
-struct Yes {
-  static constexpr bool value = true;
-};
-struct No {
-  static constexpr bool value = false;
-};
 
 ZK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ZK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -101,24 +95,31 @@ ZK_INLINE void box_muller16(U a, U b, F& first, F& second) {
   second = signed_r * select_by_bit<0>(b, cosine, sine);
 }
 
-#if defined(ZK_AVX512) || defined(ZK_AVX2)
-constexpr bool kInlineUnits = true;
-#else
-constexpr bool kInlineUnits = false;
-#endif
-
 // Columns a Rademacher panel covers: sixteen counters, so sixteen words in each of four arrays.
 constexpr int64_t kPanel = 2048;
 constexpr int kPanelWords = 64;
 
+#if defined(ZK_AVX512) || defined(ZK_AVX2)
+#define ZK_HOT ZK_INLINE
+#else
+#define ZK_HOT __attribute__((noinline))  // one copy: a vector is a loop there
+#endif
+
 // The noise of one row under every term. `row` computes what a row fixes; `panel` what a panel of
-// columns fixes (the sign bits of Rademacher); `unit` gives four vectors of z.
+// columns fixes (the sign bits of Rademacher). A unit is drawn, which gives its random words, and
+// finished, which makes four vectors of z of them: several draws before the first finish keep more
+// independent work in flight than a core finds by itself (a third faster).
 template <Distribution kind>
 struct Noise {
   const Keys* keys;
   int64_t terms;
   PhiloxRow* rows;  // [terms]
   uint32_t* signs;  // [terms, kPanelWords], Rademacher only
+
+  struct Signs {
+    const unsigned char* low;
+  };
+  using Draw = std::conditional_t<kind == Distribution::gaussian, Words16, Signs>;
 
   ZK_INLINE void row(uint32_t r, uint32_t param_id) {
     for (int64_t k = 0; k < terms; ++k)
@@ -143,41 +144,69 @@ struct Noise {
     }
   }
 
-  // z of columns group * 256 + l + {0, 64, 128, 192}. `upper` false: the last two are not needed
-  // and are zero. `hot` is inlined.
-  template <bool hot>
-  ZK_INLINE void unit(int64_t k, uint64_t group, int l, bool upper, F z[4]) const {
-    if constexpr (hot && kInlineUnits) {
-      compute_unit(k, group, l, true, z);
-    } else {
-      outlined_unit(k, group, l, upper, z);
-    }
-  }
-
- private:
-  __attribute__((noinline)) void outlined_unit(int64_t k, uint64_t group, int l, bool upper,
-                                               F* z) const {
-    z[2] = z[3] = splat(0.0f);
-    compute_unit(k, group, l, upper, z);
-  }
-
-  ZK_INLINE void compute_unit(int64_t k, uint64_t group, int l, bool upper, F z[4]) const {
+  // The random words of columns group * 256 + l + {0, 64, 128, 192}.
+  ZK_HOT Draw draw(int64_t k, uint64_t group, int l) const {
     if constexpr (kind == Distribution::gaussian) {
-      const Words16 w =
-          philox16(static_cast<uint32_t>(group * 64) + static_cast<uint32_t>(l), keys[k], rows[k]);
-      box_muller16(w.w0, w.w1, z[0], z[1]);
-      if (upper) box_muller16(w.w2, w.w3, z[2], z[3]);
+      return philox16(static_cast<uint32_t>(group * 64) + static_cast<uint32_t>(l), keys[k],
+                      rows[k]);
     } else {
       const auto* words = reinterpret_cast<const unsigned char*>(signs + k * kPanelWords);
       const int column = static_cast<int>(group % (kPanel / kGaussianGroup)) * 256 + l;
       // Bit c of the row's sign string: word c % 128 / 32 of counter c / 128; here l < 64.
-      const auto* low = words + column / 128 * 4 + l / 32 * 64 + l % 32 / 8;
-      z[0] = flip_signs(splat(1.0f), low);
-      z[1] = flip_signs(splat(1.0f), low + 128);
+      return {words + column / 128 * 4 + l / 32 * 64 + l % 32 / 8};
+    }
+  }
+
+  // z of those columns. `upper` false: the last two are not needed and are zero.
+  ZK_HOT void finish(const Draw& d, F z[4], bool upper = true) const {
+    if (!upper) z[2] = z[3] = splat(0.0f);
+    if constexpr (kind == Distribution::gaussian) {
+      box_muller16(d.w0, d.w1, z[0], z[1]);
+      if (upper) box_muller16(d.w2, d.w3, z[2], z[3]);
+    } else {
+      z[0] = flip_signs(splat(1.0f), d.low);
+      z[1] = flip_signs(splat(1.0f), d.low + 128);
       if (upper) {
-        z[2] = flip_signs(splat(1.0f), low + 4);
-        z[3] = flip_signs(splat(1.0f), low + 132);
+        z[2] = flip_signs(splat(1.0f), d.low + 4);
+        z[3] = flip_signs(splat(1.0f), d.low + 132);
       }
+    }
+  }
+
+  // Both, out of line: for the ends of rows.
+  __attribute__((noinline)) void unit(int64_t k, uint64_t group, int l, bool upper, F* z) const {
+    finish(draw(k, group, l), z, upper);
+  }
+
+  // fn(l, z) for the four units of a group under the first term.
+  template <class Fn>
+  ZK_INLINE void for_group(uint64_t group, Fn fn) const {
+    Draw d[4];
+#pragma GCC unroll 1
+    for (int u = 0; u < 4; ++u) d[u] = draw(0, group, u * kLanes);
+#pragma GCC unroll 1
+    for (int u = 0; u < 4; ++u) {
+      F z[4];
+      finish(d[u], z);
+      fn(u * kLanes, z);
+    }
+  }
+
+  // fn(k, z) for every term of a unit, in order.
+  template <class Fn>
+  ZK_INLINE void for_terms(uint64_t group, int l, Fn fn) const {
+    F z[4];
+    int64_t k = 0;
+    for (; k + 1 < terms; k += 2) {
+      const Draw a = draw(k, group, l), b = draw(k + 1, group, l);
+      finish(a, z);
+      fn(k, z);
+      finish(b, z);
+      fn(k + 1, z);
+    }
+    if (k < terms) {
+      finish(draw(k, group, l), z);
+      fn(k, z);
     }
   }
 };
@@ -185,7 +214,7 @@ struct Noise {
 // Which lanes of a unit's vectors lie in [begin, end): columns relative to the row's first column.
 struct Span {
   int64_t column;  // of lane 0 of vector 0
-  int64_t begin, end;
+  int64_t begin = 0, end = 0;
   ZK_INLINE int lo(int j) const {
     return static_cast<int>(smaller(larger(begin - column - 64 * j, 0), kLanes));
   }
@@ -234,10 +263,11 @@ ZK_INLINE void store_unit_nearest(T* p, const Span& s, const F v[4]) {
   }
 }
 
-// Calls fn(full, group, l, upper, span) for every unit of a row that meets global columns
-// [start, end); `panel` is told before each panel. Columns in Span are relative to `start`.
-template <class PanelFn, class UnitFn>
-ZK_INLINE void for_units(uint64_t start, uint64_t end, PanelFn panel, UnitFn fn) {
+// Walks a row's global columns [start, end): whole(group, column) for groups of 256 columns that
+// lie inside, part(group, l, upper, span) for the units of others; `panel` is told before each
+// panel. Columns are relative to `start`.
+template <class PanelFn, class WholeFn, class PartFn>
+ZK_INLINE void for_units(uint64_t start, uint64_t end, PanelFn panel, WholeFn whole, PartFn part) {
   const auto length = static_cast<int64_t>(end - start);
   for (uint64_t p = start / kPanel * kPanel; p < end; p += kPanel) {
     const uint64_t panel_end = end < p + kPanel ? end : p + kPanel;
@@ -245,15 +275,14 @@ ZK_INLINE void for_units(uint64_t start, uint64_t end, PanelFn panel, UnitFn fn)
     for (uint64_t g = (p < start ? start : p) / 256; g * 256 < panel_end; ++g) {
       const int64_t column = static_cast<int64_t>(g * 256 - start);
       if (column >= 0 && column + 256 <= length) {
+        whole(g, column);
+        continue;
+      }
 #pragma GCC unroll 1
-        for (int l = 0; l < 64; l += kLanes) fn(Yes{}, g, l, true, Span{column + l, 0, length});
-      } else {
-#pragma GCC unroll 1
-        for (int l = 0; l < 64; l += kLanes) {
-          const Span s{column + l, 0, length};
-          const bool upper = !s.empty(2) || !s.empty(3);
-          if (upper || !s.empty(0) || !s.empty(1)) fn(No{}, g, l, upper, s);
-        }
+      for (int l = 0; l < 64; l += kLanes) {
+        const Span s{column + l, 0, length};
+        const bool upper = !s.empty(2) || !s.empty(3);
+        if (upper || !s.empty(0) || !s.empty(1)) part(g, l, upper, s);
       }
     }
   }
@@ -339,10 +368,14 @@ void sample_region(const Place& place, const Keys& keys, Region region, float* o
     noise.row(static_cast<uint32_t>(place.row_offset + static_cast<uint64_t>(r)), place.param_id);
     for_units(
         start, end, [&](uint64_t a, uint64_t b) { noise.panel(a, b); },
-        [&](auto full, uint64_t group, int l, bool upper, const Span& span) {
+        [&](uint64_t group, int64_t column) {
+          noise.for_group(group,
+                          [&](int l, const F* z) { store_unit<true>(out, Span{column + l}, z); });
+        },
+        [&](uint64_t group, int l, bool upper, const Span& span) {
           F z[4];
-          noise.template unit<full.value>(0, group, l, upper, z);
-          store_unit<full.value>(out, span, z);
+          noise.unit(0, group, l, upper, z);
+          store_unit<false>(out, span, z);
         });
   }
 }
@@ -377,7 +410,7 @@ __attribute__((noinline)) void displace_unit(const DisplaceArgs& a, const Noise<
   for (int64_t g = 0; g < a.branches; ++g)
     for (int j = 0; j < 4; ++j) store(acc + g * 64 + j * kLanes, v[j]);
   for (int64_t k = 0; k < terms; ++k) {
-    noise.template unit<false>(k, group, l, upper, z);
+    noise.unit(k, group, l, upper, z);
     for (int64_t g = 0; g < a.branches; ++g) {
       const F c = splat(a.coeffs[g * terms + k]);
       for (int j = 0; j < 4; ++j) {
@@ -422,28 +455,33 @@ void displace_region(const DisplaceArgs& a, Region region, Out* out, int64_t row
         for_units(
             start, start + static_cast<uint64_t>(cols),
             [&](uint64_t p, uint64_t q) { noise.panel(p, q); },
-            [&](auto full, uint64_t group, int l, bool upper, const Span& span) {
-              if constexpr (full.value) {
-                if (hot) {
-                  F v[4], z[4];
-                  load_unit<true>(w, span, v);
-                  noise.template unit<true>(0, group, l, true, z);
-                  for (int64_t g = 0; g < branches; ++g) {
-                    const F c1 = splat(a.coeffs[g]);
-                    F y[4];
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; ++j) y[j] = fma(c1, z[j], v[j]);
-                    if constexpr (sizeof(In) != sizeof(Out)) {
-                      if (a.round_to_input)
-                        for (int j = 0; j < 4; ++j) y[j] = quantize(y[j], In{});
-                    }
-                    store_unit_nearest<true>(o + g * branch_stride, span, y);
-                  }
-                  return;
-                }
+            [&](uint64_t group, int64_t column) {
+              if (!hot) {
+                for (int l = 0; l < 64; l += kLanes)
+                  displace_unit<true>(a, noise, stochastic ? &rounding_row : nullptr, group, l,
+                                      true, Span{column + l}, w, o, branch_stride, acc.get());
+                return;
               }
-              displace_unit<full.value>(a, noise, stochastic ? &rounding_row : nullptr, group, l,
-                                        upper, span, w, o, branch_stride, acc.get());
+              noise.for_group(group, [&](int l, const F* z) {
+                const Span span{column + l};
+                F v[4];
+                load_unit<true>(w, span, v);
+                for (int64_t g = 0; g < branches; ++g) {
+                  const F c1 = splat(a.coeffs[g]);
+                  F y[4];
+#pragma GCC unroll 4
+                  for (int j = 0; j < 4; ++j) y[j] = fma(c1, z[j], v[j]);
+                  if constexpr (sizeof(In) != sizeof(Out)) {
+                    if (a.round_to_input)
+                      for (int j = 0; j < 4; ++j) y[j] = quantize(y[j], In{});
+                  }
+                  store_unit_nearest<true>(o + g * branch_stride, span, y);
+                }
+              });
+            },
+            [&](uint64_t group, int l, bool upper, const Span& span) {
+              displace_unit<false>(a, noise, stochastic ? &rounding_row : nullptr, group, l, upper,
+                                   span, w, o, branch_stride, acc.get());
             });
       });
 }
@@ -492,11 +530,9 @@ struct Updater {
   const UpdateArgs& a;
   Noise<kind>& noise;
   const PhiloxRow* rounding_rows;
+  using Draw = typename Noise<kind>::Draw;
 
-  template <bool hot>
-  ZK_INLINE void term(int64_t k, uint64_t group, int l, bool upper, F acc[4]) const {
-    F z[4];
-    noise.template unit<hot>(k, group, l, upper, z);
+  ZK_INLINE void add(int64_t k, const F z[4], F acc[4]) const {
     const F c = splat(a.coeffs[k]);
     if (a.decay) {
       const F d = splat(a.decay[k]);
@@ -509,54 +545,121 @@ struct Updater {
 
   ZK_INLINE bool ends(int64_t k) const { return !a.ends || a.ends[k]; }
 
+  // Between terms; the last one is rounded by the store.
+  ZK_INLINE void round_term(int64_t k, F acc[4]) const {
+    if (sizeof(T) == 2 && k + 1 < a.terms.count && ends(k)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) acc[j] = quantize(acc[j], T{});
+    }
+  }
+
   ZK_INLINE void nearest(T* w, uint64_t start, uint64_t end) const {
     for_units(
         start, end, [&](uint64_t p, uint64_t q) { noise.panel(p, q); },
-        [&](auto full, uint64_t group, int l, bool upper, const Span& span) {
+        [&](uint64_t group, int64_t column) {
           F acc[4];
-          load_unit<full.value>(w, span, acc);
-          for (int64_t k = 0; k < a.terms.count; ++k) {
-            this->template term<full.value>(k, group, l, upper, acc);
-            if (sizeof(T) == 2 && k + 1 < a.terms.count && ends(k)) {
-#pragma GCC unroll 4
-              for (int j = 0; j < 4; ++j) acc[j] = quantize(acc[j], T{});
-            }
+          if (a.terms.count == 1) {
+            noise.for_group(group, [&](int l, const F* z) {
+              load_unit<true>(w, Span{column + l}, acc);
+              this->add(0, z, acc);
+              store_unit_nearest<true>(w, Span{column + l}, acc);
+            });
+            return;
           }
-          store_unit_nearest<full.value>(w, span, acc);
+#pragma GCC unroll 1
+          for (int l = 0; l < 64; l += kLanes) {
+            load_unit<true>(w, Span{column + l}, acc);
+            noise.for_terms(group, l, [&](int64_t k, const F* z) {
+              this->add(k, z, acc);
+              this->round_term(k, acc);
+            });
+            store_unit_nearest<true>(w, Span{column + l}, acc);
+          }
+        },
+        [&](uint64_t group, int l, bool upper, const Span& span) {
+          F acc[4], z[4];
+          load_unit<false>(w, span, acc);
+          for (int64_t k = 0; k < a.terms.count; ++k) {
+            noise.unit(k, group, l, upper, z);
+            this->add(k, z, acc);
+            this->round_term(k, acc);
+          }
+          store_unit_nearest<false>(w, span, acc);
         });
   }
 
-  // One rounding draw serves two neighbouring groups, so they are done together. `even_full` and
-  // `odd_full`: all columns of the group are there; `odd_none`: none of them.
-  template <bool even_full, bool odd_full, bool odd_none>
+  ZK_INLINE Words16 rounding_words(int64_t k, uint64_t index, int l) const {
+    return philox16(static_cast<uint32_t>(index * 64) + static_cast<uint32_t>(l), a.terms.keys[k],
+                    rounding_rows[k]);
+  }
+
+  ZK_INLINE void round(const Words16& words, bool odd, F acc[4]) const {
+    U r16[4];
+    rounding_unit(words, odd, r16);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) acc[j] = quantize(acc[j], r16[j], T{});
+  }
+
+  // One rounding draw serves two neighbouring groups, so they are done together: here one term and
+  // a whole even group, with a whole odd group or none.
+  template <bool odd>
+  ZK_INLINE void single(T* w, uint64_t index, int64_t column) const {
+    Draw even_draws[4], odd_draws[4];
+    Words16 words[4];
+#pragma GCC unroll 1
+    for (int u = 0; u < 4; ++u) {
+      even_draws[u] = noise.draw(0, 2 * index, u * kLanes);
+      if constexpr (odd) odd_draws[u] = noise.draw(0, 2 * index + 1, u * kLanes);
+      words[u] = rounding_words(0, index, u * kLanes);
+    }
+#pragma GCC unroll 1
+    for (int u = 0; u < 4; ++u) {
+      const auto half = [&](const Draw& draw, bool is_odd) {
+        const Span span{column + (is_odd ? 256 : 0) + u * kLanes};
+        F acc[4], z[4];
+        noise.finish(draw, z);
+        load_unit<true>(w, span, acc);
+        this->add(0, z, acc);
+        this->round(words[u], is_odd, acc);
+        store_unit<true>(w, span, acc);
+      };
+      half(even_draws[u], false);
+      if constexpr (odd) half(odd_draws[u], true);
+    }
+  }
+
+  // Any terms; `full`: both groups are whole.
+  template <bool full>
   ZK_INLINE void pair(T* w, uint64_t index, int l, const Span& even, const Span& odd) const {
-    const bool upper0 = even_full || !even.empty(2) || !even.empty(3);
-    const bool upper1 = odd_full || (!odd_none && (!odd.empty(2) || !odd.empty(3)));
+    const bool upper0 = full || !even.empty(2) || !even.empty(3);
+    const bool upper1 = full || !odd.empty(2) || !odd.empty(3);
     const bool has0 = upper0 || !even.empty(0) || !even.empty(1);
-    const bool has1 = upper1 || (!odd_none && (!odd.empty(0) || !odd.empty(1)));
+    const bool has1 = upper1 || !odd.empty(0) || !odd.empty(1);
     if (!has0 && !has1) return;
-    F a0[4], a1[4];
-    load_unit<even_full>(w, even, a0);
-    if constexpr (!odd_none) load_unit<odd_full>(w, odd, a1);
+    F a0[4], a1[4], z[4];
+    load_unit<full>(w, even, a0);
+    load_unit<full>(w, odd, a1);
     for (int64_t k = 0; k < a.terms.count; ++k) {
-      if (has0) term<even_full>(k, 2 * index, l, upper0, a0);
-      if (has1) term<odd_full>(k, 2 * index + 1, l, upper1, a1);
+      if constexpr (full) {
+        const Draw d0 = noise.draw(k, 2 * index, l), d1 = noise.draw(k, 2 * index + 1, l);
+        noise.finish(d0, z);
+        add(k, z, a0);
+        noise.finish(d1, z);
+        add(k, z, a1);
+      } else {
+        if (has0) noise.unit(k, 2 * index, l, upper0, z);
+        if (has0) add(k, z, a0);
+        if (has1) noise.unit(k, 2 * index + 1, l, upper1, z);
+        if (has1) add(k, z, a1);
+      }
       if (ends(k)) {
-        const Words16 words = philox16(static_cast<uint32_t>(index * 64) + static_cast<uint32_t>(l),
-                                       a.terms.keys[k], rounding_rows[k]);
-        U r16[4];
-        rounding_unit(words, false, r16);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) a0[j] = quantize(a0[j], r16[j], T{});
-        if constexpr (!odd_none) {
-          rounding_unit(words, true, r16);
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) a1[j] = quantize(a1[j], r16[j], T{});
-        }
+        const Words16 words = rounding_words(k, index, l);
+        round(words, false, a0);
+        round(words, true, a1);
       }
     }
-    store_unit<even_full>(w, even, a0);
-    if constexpr (!odd_none) store_unit<odd_full>(w, odd, a1);
+    store_unit<full>(w, even, a0);
+    store_unit<full>(w, odd, a1);
   }
 
   ZK_INLINE void stochastic(T* w, uint64_t start, uint64_t end) const {
@@ -569,15 +672,22 @@ struct Updater {
         noise.panel(p, end < panel_end ? end : panel_end);
       }
       const auto column = static_cast<int64_t>(index * 512 - start);
+      const bool full = column >= 0 && column + 512 <= length;
+      if (full && a.terms.count == 1) {
+        single<true>(w, index, column);
+        continue;
+      }
+      if (column >= 0 && column + 256 == length && a.terms.count == 1) {
+        single<false>(w, index, column);
+        continue;
+      }
 #pragma GCC unroll 1
       for (int l = 0; l < 64; l += kLanes) {
         const Span even{column + l, 0, length}, odd{column + 256 + l, 0, length};
-        if (column >= 0 && column + 512 <= length)
-          pair<true, true, false>(w, index, l, even, odd);
-        else if (column >= 0 && column + 256 == length)
-          pair<true, false, true>(w, index, l, even, odd);
+        if (full)
+          pair<true>(w, index, l, even, odd);
         else
-          pair<false, false, false>(w, index, l, even, odd);
+          pair<false>(w, index, l, even, odd);
       }
     }
   }
@@ -635,19 +745,30 @@ void project_region(const MatrixView& v, const Place& place, const Terms& terms,
   Noise<kind>& noise = storage.noise;
   Buffer<double, 8 * kLanes> lanes(terms.count * kLanes);
   for (int64_t i = 0; i < terms.count * kLanes; ++i) lanes.get()[i] = 0.0;
+  const auto add = [&](int64_t k, const F* x, const F* z, int count) {
+    D sum = load_doubles(lanes.get() + k * kLanes);
+    for (int j = 0; j < count; ++j) sum = fma_double(x[j], z[j], sum);
+    store_doubles(lanes.get() + k * kLanes, sum);
+  };
   for_rows<false, T>(v, region, place.col_offset, [&](int64_t r, int64_t c, const T* p, int64_t n) {
     noise.row(static_cast<uint32_t>(place.row_offset + static_cast<uint64_t>(r)), place.param_id);
     const uint64_t start = place.col_offset + static_cast<uint64_t>(c);
     for_units(
         start, start + static_cast<uint64_t>(n), [&](uint64_t a, uint64_t b) { noise.panel(a, b); },
-        [&](auto full, uint64_t group, int l, bool upper, const Span& span) {
+        [&](uint64_t group, int64_t column) {
+#pragma GCC unroll 1
+          for (int l = 0; l < 64; l += kLanes) {
+            F x[4];
+            load_unit<true>(p, Span{column + l}, x);
+            noise.for_terms(group, l, [&](int64_t k, const F* z) { add(k, x, z, 4); });
+          }
+        },
+        [&](uint64_t group, int l, bool upper, const Span& span) {
           F x[4], z[4];
-          load_unit<full.value>(p, span, x);
+          load_unit<false>(p, span, x);
           for (int64_t k = 0; k < terms.count; ++k) {
-            noise.template unit<full.value>(k, group, l, upper, z);
-            D sum = load_doubles(lanes.get() + k * kLanes);
-            for (int j = 0; j < (upper ? 4 : 2); ++j) sum = fma_double(x[j], z[j], sum);
-            store_doubles(lanes.get() + k * kLanes, sum);
+            noise.unit(k, group, l, upper, z);
+            add(k, x, z, upper ? 4 : 2);
           }
         });
   });
@@ -688,12 +809,13 @@ float generate_groups(const Keys& keys, int64_t groups) {
     for_units(
         0, static_cast<uint64_t>(smaller(kPanel, (groups - g) * 256)),
         [&](uint64_t a, uint64_t b) { noise.panel(a, b); },
-        [&](auto full, uint64_t group, int l, bool upper, const Span&) {
-          F z[4];
-          noise.template unit<full.value>(0, group, l, upper, z);
+        [&](uint64_t group, int64_t) {
+          noise.for_group(group, [&](int, const F* z) {
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) sum[j] = sum[j] + z[j];
-        });
+            for (int j = 0; j < 4; ++j) sum[j] = sum[j] + z[j];
+          });
+        },
+        [](uint64_t, int, bool, const Span&) {});
   }
   float lanes[kLanes];
   store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
