@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def build(dtype: torch.dtype = torch.float32, architecture: str = "llama") -> nn
 def shards(clients: int, task: ToyTask) -> list[list[int]]:
     """Every example to one client, of different sizes."""
     cuts = [task.train_size * i * (i + 1) // (clients * (clients + 1)) for i in range(clients + 1)]
-    return [list(range(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [list(range(a, b)) for a, b in itertools.pairwise(cuts)]
 
 
 def federation(
