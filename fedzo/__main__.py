@@ -1,0 +1,5 @@
+"""``python -m fedzo``."""
+
+from fedzo.cli import main
+
+main()
