@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,7 +141,7 @@ class MaskedTask:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross entropy among the answer words (``candidates``) or over the vocabulary."""
-        return self._losses(self._logits(model, batch), batch).mean()
+        return self._losses(self._scores(model, batch), batch).mean()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """``loss``, ``accuracy`` among the answer words, and ``examples``, held out."""
@@ -150,42 +150,51 @@ class MaskedTask:
         with torch.inference_mode():
             for at in range(0, len(examples), self.eval_batch_size):
                 batch = self._collate(examples[at : at + self.eval_batch_size])
-                logits = self._logits(model, batch)
-                loss += float(self._losses(logits, batch).double().sum())
-                right += int((logits[:, self._candidates].argmax(1) == batch["targets"]).sum())
+                scores = self._scores(model, batch)
+                loss += float(self._losses(scores, batch).double().sum())
+                if self.objective == "label":
+                    scores = scores[:, self._candidates]
+                right += int((scores.argmax(1) == batch["targets"]).sum())
         count = len(examples)
         return {"loss": loss / count, "accuracy": right / count, "examples": float(count)}
 
-    def _losses(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        if self.objective == "candidates":
-            return F.cross_entropy(logits[:, self._candidates], batch["targets"], reduction="none")
-        return F.cross_entropy(logits, self._candidates[batch["targets"]], reduction="none")
+    def _losses(self, scores: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy of every example: float32 ``[B]``."""
+        right = batch["targets"]
+        if self.objective == "label":
+            right = self._candidates[right]
+        return F.cross_entropy(scores, right, reduction="none")
 
-    def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits at the masks: float32 ``[B, V]``."""
+    def _scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits at the masks, of the answer words alone where these are all that counts: float32
+        ``[B, C]``, or ``[B, V]`` for the objective ``label``."""
         positions = batch["positions"]
         rows = torch.arange(positions.numel(), device=positions.device)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         whole = _base(model)
         if self._head is None:
-            logits: Tensor = model(**inputs).logits
-            return logits[rows, positions].float()
+            logits = model(**inputs).logits[rows, positions].float()
+            return logits if self.objective == "label" else logits[:, self._candidates]
         hidden = whole.base_model(**inputs).last_hidden_state[rows, positions]
-        return getattr(whole, self._head)(hidden).float()  # type: ignore[no-any-return]
+        if self.objective == "label":
+            return getattr(whole, self._head)(hidden).float()  # type: ignore[no-any-return]
+        # An embedding, not an index: of a weight that moves only these rows are displaced.
+        decoder = whole.get_output_embeddings()
+        weight = F.embedding(self._candidates, decoder.weight)
+        return F.linear(_HEADS[self._head](whole, hidden), weight, decoder.bias[self._candidates])
 
     def _short_cut(self, model: nn.Module) -> str | None:
         """The head's name, when applying it to the mask alone is what the model gives."""
-        whole = _base(model)
         batch = self._collate(self.prepared.train[:2])
-        for name in ("cls", "lm_head"):
-            if not isinstance(getattr(whole, name, None), nn.Module):
+        for name in _HEADS:
+            if not isinstance(getattr(_base(model), name, None), nn.Module):
                 continue
             with torch.no_grad():
                 self._head = None
-                full = self._logits(model, batch)
+                full = self._scores(model, batch)
                 self._head = name
                 try:
-                    short = self._logits(model, batch)
+                    short = self._scores(model, batch)
                 except (AttributeError, TypeError, RuntimeError):
                     continue
             if torch.allclose(full, short, rtol=1e-3, atol=1e-3 * float(full.abs().max())):
@@ -207,6 +216,18 @@ class MaskedTask:
         }
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
+
+def _roberta_features(model: Any, hidden: Tensor) -> Tensor:
+    head = model.lm_head
+    features: Tensor = head.layer_norm(F.gelu(head.dense(hidden)))
+    return features
+
+
+# What the heads of masked language models do before the output embedding, by the head's name.
+_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "cls": lambda model, hidden: model.cls.predictions.transform(hidden),
+    "lm_head": _roberta_features,
+}
 
 LanguageTask = CausalTask | MaskedTask
 
