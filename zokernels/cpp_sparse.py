@@ -1,4 +1,4 @@
-"""Adapters of the C++ backend for the ops under a mask; the arithmetic is in ``csrc/cpu/sparse*``."""
+"""Adapters of the C++ backend for the ops under a mask; their arithmetic is in ``csrc/cpu``."""
 
 from __future__ import annotations
 

@@ -589,7 +589,8 @@ class MeZO(torch.optim.Optimizer):
 
         Besides torch's ``state`` (empty) and ``param_groups`` it has ``mezo``: the step counter,
         the root seed, the options and the momentum window, everything a run needs to go on bit for
-        bit.
+        bit. Under a mask, also its fingerprint and, for bfloat16 and float16, the float32 values of
+        the masked elements (tensors).
         """
         handle = self.register_state_dict_post_hook(_add_state, prepend=True)
         try:
@@ -656,21 +657,35 @@ class MeZO(torch.optim.Optimizer):
         self._skipped = sum(not record.seeds for record in journal)
         self._window = tuple(window)
 
+    def _shadows(self) -> dict[str, Tensor]:
+        """What low-precision weights under a mask are, in float32, by name."""
+        params = self._bound.params if self._bound is not None else ()
+        return {
+            p.name: p.values() for p in params if p.masked is not None and p.dtype != torch.float32
+        }
+
     def __getstate__(self) -> dict[str, Any]:
         # The binding is made again: it belongs to this model object.
-        return super().__getstate__() | {name: self.__dict__[name] for name in _KEPT}
+        kept = {name: self.__dict__[name] for name in _KEPT}
+        return super().__getstate__() | kept | {"_incoming": {"_shadow": self._shadows()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling and copying, and the last act of torch's ``load_state_dict``."""
         super().__setstate__(state)
         self.__dict__.setdefault("_given", None)
         self.__dict__.setdefault("_mask", None)
-        for name, value in (self.__dict__.get("_incoming") or {}).items():
+        incoming = dict(self.__dict__.get("_incoming") or {})
+        shadow: Mapping[str, Tensor] = incoming.pop("_shadow", {})
+        for name, value in incoming.items():
             setattr(self, name, value)
         self._incoming = None
         if "_model" in state:
             self._bind()
             self._announced = []
+        for name, values in shadow.items():
+            masked = self._bound.by_name[name].masked if self._bound is not None else None
+            if masked is not None:
+                masked.shadow.copy_(values)
 
 
 _OPTIONS = (
@@ -706,6 +721,8 @@ def _add_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
         "step": optimizer._step,
         "skipped": optimizer._skipped,
         **{name: getattr(optimizer, name) for name in _OPTIONS},
+        "mask": None if optimizer._mask is None else optimizer._mask.fingerprint(),
+        "shadow": optimizer._shadows(),
         "window": [
             {
                 "step": past.step,
@@ -748,10 +765,24 @@ def _accept_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
                 for past in saved["window"]
             ),
         }
+        mask = None if optimizer._mask is None else optimizer._mask.fingerprint()
+        if saved.get("mask") != mask:
+            raise ValueError(
+                f"the state dict is of a run under mask {saved.get('mask')}; this optimizer has "
+                f"{mask}"
+            )
+        incoming["_shadow"] = dict(saved.get("shadow", {}))
+        expected = {n: tuple(v.shape) for n, v in optimizer._shadows().items()}
+        if mask is not None and {n: tuple(v.shape) for n, v in incoming["_shadow"].items()} != (
+            expected
+        ):
+            raise ValueError(
+                "the state dict's shadow does not fit the masked parameters: another dtype?"
+            )
         groups = state_dict["param_groups"]
         for group in groups:
             _check_group(group)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the state dict is damaged: {error!r}") from error
     for i, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
         names = theirs.get("param_names", ours["param_names"])
