@@ -61,7 +61,14 @@ def ensure_lora_(
             raise ValueError(f"targets must be given: no query and value layers among {TARGETS}")
     elif not leaves.intersection(targets):
         raise ValueError(f"targets must name layers of the model; got {list(targets)}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    chosen = [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in targets]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        lora_dropout=0.0,
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in chosen),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, rank))
         inject_adapter_in_model(config, model)

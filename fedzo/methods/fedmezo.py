@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -155,6 +156,8 @@ def deviations(signals: Mapping[int, float]) -> dict[int, float]:
     mean = math.fsum(signals.values()) / len(signals)
     a = {client: value - mean for client, value in signals.items()}
     largest = max(map(abs, a.values()))
-    if largest == 0 or not math.isfinite(largest):
+    # Signals that differ by no more than the rounding of their mean are equal.
+    rounding = 4 * sys.float_info.epsilon * max(map(abs, signals.values()))
+    if not rounding < largest < math.inf:
         return dict.fromkeys(signals, 0.0)
     return {client: value / largest for client, value in a.items()}

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fedzo.methods import Method, make
+from fedzo.sampling import Examples
 from fedzo.simulation import Federation
+
+__all__ = ["Examples", "Federation"]
 
 EXAMPLES, LENGTH = 60, 8
 
