@@ -33,6 +33,10 @@ def good(op: str) -> dict[str, Any]:
         "displace_": {
             "out": torch.randn(2, 4, 6), "w": w, **terms, **place, "rounding": "nearest",
         },
+        "displace_vectors": {
+            "vectors": [torch.randn(6), torch.randn(3)], **terms, "param_ids": [1, 2],
+            "distribution": "gaussian",
+        },
         "update_": {
             "params": tensors, "seeds": terms["seeds"], "coeffs": torch.tensor([0.1, 0.2]),
             "decay": torch.ones(2), "ends": torch.tensor([False, True]), **many,
@@ -113,6 +117,20 @@ BAD: list[Bad] = [
     (PLACED, {"row_offset": 2**32}, ValueError, "rows must stay in [0, 2**32)"),
     (PLACED, {"col_offset": -2}, ValueError, "columns must stay in [0, 2**34); got col_offset -2"),
     (PLACED, {"col_offset": 2**34}, ValueError, "columns must stay in [0, 2**34)"),
+    # --- displace_vectors
+    (["displace_vectors"], {"vectors": []}, ValueError, "vectors must not be empty"),
+    (["displace_vectors"], {"vectors": [torch.zeros(6), torch.zeros(3, 1)]}, ValueError,
+     "vectors[1] must be a vector; got shape (3, 1)"),
+    (["displace_vectors"], {"vectors": [torch.zeros(6), torch.zeros(3, dtype=torch.int32)]},
+     TypeError, "vectors[1] must be float32, bfloat16 or float16; got torch.int32"),
+    (["displace_vectors"], {"vectors": [torch.zeros(6), torch.zeros(3, **META)]}, ValueError,
+     "vectors[1] must be on cpu like the weights; got meta"),
+    (["displace_vectors"], {"param_ids": [1]}, ValueError,
+     "param_ids must have 2 entries; got 1"),
+    (["displace_vectors"], {"coeffs": torch.zeros(2, 3)}, TypeError,
+     "coeffs must be float32 of shape [branches, 2]; got torch.float32 of shape (2, 3)"),
+    (["displace_vectors"], {"coeffs": torch.zeros(0, 2)}, ValueError,
+     "coeffs must have at least one branch"),
     # --- under a mask
     (SPARSE, {"seeds": torch.tensor([1, 2], dtype=torch.int32)}, TypeError,
      "seeds must be an int64 vector; got torch.int32 of shape (2,)"),

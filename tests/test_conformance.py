@@ -197,6 +197,24 @@ def test_displace_into_scratch(name: str) -> None:
         same(frame, before)
 
 
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_displaced_vectors_are_those_of_displace(
+    name: str, dtype: torch.dtype, distribution: str
+) -> None:
+    """Odd lengths, none, strided, several terms: what ``displace`` gives in float32, in order."""
+    vectors = [rand(n, dtype=dtype) for n in (5, 0, 300, 1)] + [rand(40, 9, dtype=dtype)[:, 4]]
+    ids = [PID, 7, 1, 0, 2**32 - 1]
+    for terms in (0, 1, 3):
+        seeds, c = seeds_of(terms), table(2, terms)
+        flat = run(name, "displace_vectors", vectors, seeds, c, ids, distribution)
+        assert flat.dtype == torch.float32
+        parts = flat.split([2 * v.numel() for v in vectors])
+        for v, i, part in zip(vectors, ids, parts, strict=True):
+            rest = (seeds, c, i, 0, 0, distribution, "nearest", torch.float32)
+            same(part.view(2, v.numel()), run(name, "displace", v[None], *rest)[:, 0])
+
+
 def test_non_finite_weights_stay_non_finite(name: str) -> None:
     special = torch.tensor(
         [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38, 1e-40, 1e-7]

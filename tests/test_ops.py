@@ -108,6 +108,10 @@ def cases() -> dict[str, list[tuple[Any, ...]]]:
             (torch.zeros(3, 6, 40), w, *both, *place, "gaussian", "nearest"),
             (torch.zeros(2, 6, 40).to(torch.bfloat16), w, *one, *place, "rademacher", "stochastic"),
         ],
+        "displace_vectors": [
+            ([rand(7), rand(300), wb[0]], *both, [1, 2, 3], "gaussian"),
+            ([wb[:, 3], rand(0)], *one, [1, 2], "rademacher"),
+        ],
         "update_": [
             (
                 [rand(3, 20), rand(7), rand(2, 3, 5), rand()],

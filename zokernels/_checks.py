@@ -169,6 +169,23 @@ def _many(
     return device.type
 
 
+def displace_vectors(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_ids: list[int],
+    distribution: str,
+) -> str:
+    device = _many("vectors", vectors, seeds, param_ids, [], [], distribution)
+    for i, vector in enumerate(vectors):
+        if vector.dim() != 1:
+            raise ValueError(f"vectors[{i}] must be a vector; got shape {tuple(vector.shape)}")
+    _coeffs(coeffs, (None, seeds.numel()), vectors[0].device)
+    if coeffs.shape[0] == 0:
+        raise ValueError("coeffs must have at least one branch (row); got none")
+    return device
+
+
 def update_(
     params: list[Tensor],
     seeds: Tensor,
@@ -465,6 +482,7 @@ CHECKS: dict[str, Callable[..., str]] = {
     "sample": sample,
     "displace": displace,
     "displace_": displace_,
+    "displace_vectors": displace_vectors,
     "update_": update_,
     "project": project,
     "linear": linear,

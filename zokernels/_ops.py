@@ -32,6 +32,10 @@ SCHEMAS = {
     # The same into scratch `out` [G, rows, cols].
     "displace_": "(Tensor(a!) out, Tensor w, Tensor seeds, Tensor coeffs, int param_id, "
     "SymInt row_offset, SymInt col_offset, str distribution, str rounding) -> ()",
+    # Vectors at every branch, for small parameters that are used in float32: for vector after vector
+    # its [G, numel], in one flat float32 tensor.
+    "displace_vectors": "(Tensor[] vectors, Tensor seeds, Tensor coeffs, int[] param_ids, "
+    "str distribution) -> Tensor",
     # params += sum_k coeffs[k] z_k, one rounding at every True of `ends` (None: at every term);
     # decay[k] multiplies the weight before term k.
     "update_": "(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
@@ -118,6 +122,11 @@ def _(
 @_fake("displace_")
 def _(out: Tensor, w: Tensor, *rest: object) -> None:
     return None
+
+
+@_fake("displace_vectors")
+def _(vectors: list[Tensor], seeds: Tensor, coeffs: Tensor, *rest: object) -> Tensor:
+    return coeffs.new_empty(coeffs.shape[0] * sum(v.shape[0] for v in vectors))
 
 
 @_fake("update_")

@@ -42,6 +42,7 @@ _ROUNDING = {"nearest": 0, "stochastic": 1}
 
 _sample = torch.ops.zokernels_cpp.sample.default
 _displace = torch.ops.zokernels_cpp.displace_.default
+_displace_vectors = torch.ops.zokernels_cpp.displace_vectors.default
 _update = torch.ops.zokernels_cpp.update_.default
 _project = torch.ops.zokernels_cpp.project.default
 _linear = torch.ops.zokernels_cpp.linear.default
@@ -227,6 +228,17 @@ def displace(
     return out
 
 
+def displace_vectors(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_ids: list[int],
+    distribution: str,
+) -> Tensor:
+    out: Tensor = _displace_vectors(vectors, seeds, coeffs, param_ids, DISTRIBUTION[distribution])
+    return out
+
+
 def update_(
     params: list[Tensor],
     seeds: Tensor,
@@ -368,6 +380,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "sample": sample,
     "displace": displace,
     "displace_": displace_,
+    "displace_vectors": displace_vectors,
     "update_": update_,
     "project": project,
     "linear": linear,

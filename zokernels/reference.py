@@ -91,6 +91,21 @@ def displace(
     return out
 
 
+def displace_vectors(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_ids: list[int],
+    distribution: str,
+) -> Tensor:
+    """Every vector's ``[G, numel]`` in float32, one after the other in a flat tensor."""
+    parts = [
+        displace(v[None], seeds, coeffs, i, 0, 0, distribution, "nearest", torch.float32)
+        for v, i in zip(vectors, param_ids, strict=True)
+    ]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
 def update_(
     params: list[Tensor],
     seeds: Tensor,
@@ -406,6 +421,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "sample": sample,
     "displace": displace,
     "displace_": displace_,
+    "displace_vectors": displace_vectors,
     "update_": update_,
     "project": project,
     "linear": linear,

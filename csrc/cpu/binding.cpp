@@ -2,13 +2,11 @@
 // have passed zokernels/_checks.py; index ranges are checked here.
 #include <memory>
 
+#include "../abi.h"
 #include "products.h"
 
 namespace zk {
 namespace {
-
-// Raised by zokernels_abi_version() and checked by the loader.
-constexpr int kAbiVersion = 3;
 
 constexpr int64_t kPiece = 1 << 15;
 
@@ -47,6 +45,29 @@ void displace_(Tensor out, Tensor w, Tensor seeds, Tensor coeffs, int64_t param_
     k.displace(args, r, data + (r.row_begin * row_stride + r.col_begin) * size, row_stride,
                branch_stride);
   });
+}
+
+Tensor displace_vectors(std::vector<Tensor> vectors, Tensor seeds, Tensor coeffs,
+                        std::vector<int64_t> param_ids, int64_t distribution) {
+  const Kernels& k = kernels();
+  const SeedKeys keys(seeds);
+  const std::vector<float> c = read_matrix(coeffs);
+  const int64_t branches = coeffs.size(0);
+  std::vector<int64_t> starts{0};
+  for (const Tensor& v : vectors) starts.push_back(starts.back() + branches * v.numel());
+  Tensor out = new_tensor({starts.back()}, DType::f32);
+  auto* data = static_cast<float*>(out.data_ptr());
+  parallel_tasks(static_cast<int64_t>(vectors.size()), [&](int64_t i) {
+    const auto at = static_cast<size_t>(i);
+    const ViewOf view(vectors[at]);
+    const int64_t cols = view.view.cols;
+    const DisplaceArgs args{view.view,    place_of(param_ids[at], 0, 0, distribution),
+                            keys.terms(), c.data(),
+                            branches,     Rounding::nearest,
+                            DType::f32,   false};
+    k.displace(args, {0, 1, 0, cols}, data + starts[at], cols, cols);
+  });
+  return out;
 }
 
 // Several matrices cut into pieces that are numbered through.
@@ -184,6 +205,9 @@ STABLE_TORCH_LIBRARY(zokernels_cpp, m) {
       "displace_(Tensor(a!) out, Tensor w, Tensor seeds, Tensor coeffs, int param_id, "
       "int row_offset, int col_offset, int distribution, int rounding) -> ()");
   m.def(
+      "displace_vectors(Tensor[] vectors, Tensor seeds, Tensor coeffs, int[] param_ids, "
+      "int distribution) -> Tensor");
+  m.def(
       "update_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
       "int[] param_ids, int[] row_offsets, int[] col_offsets, int distribution, int rounding) -> "
       "()");
@@ -207,6 +231,7 @@ STABLE_TORCH_LIBRARY(zokernels_cpp, m) {
 STABLE_TORCH_LIBRARY_IMPL(zokernels_cpp, CompositeImplicitAutograd, m) {
   m.impl("sample", TORCH_BOX(&zk::sample));
   m.impl("displace_", TORCH_BOX(&zk::displace_));
+  m.impl("displace_vectors", TORCH_BOX(&zk::displace_vectors));
   m.impl("update_", TORCH_BOX(&zk::update_));
   m.impl("project", TORCH_BOX(&zk::project));
   m.impl("linear", TORCH_BOX(&zk::linear));

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../abi.h"
 #include "kernels.h"
 
 #if defined(ZK_EMULATE)
@@ -23,9 +24,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Raised by zokernels_abi_version() and checked by the loader.
-constexpr int kAbiVersion = 2;
 
 #if defined(ZK_EMULATE)
 struct Guard {

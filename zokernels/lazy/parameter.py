@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_map_only
 # Parameters of at most this many elements (norm weights, biases, small tables) are displaced in
 # float32 whatever their dtype: eps * z is below one bfloat16 ulp of a norm weight near 1.
 SMALL = 1 << 16
+# Elements of all vector parameters at all branches that are held during an evaluation (16 MiB).
+VECTORS = 1 << 22
 
 _ops = torch.ops.zokernels
 
@@ -68,6 +70,9 @@ class State:
         self.touched: set[str] = set()
         self.materialised: Counter[str] = Counter()
         self.low_precision = False
+        # Whole one-dimensional parameters and their data.
+        self.vectors: list[tuple[LazyParameter, Tensor]] = []
+        self._formed: dict[str, Tensor] | None = None
         self._terms: dict[tuple[torch.device, Scale], tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
 
@@ -87,6 +92,7 @@ class State:
     def end(self) -> None:
         self.seeds = self.coeffs = self.level = None
         self._terms.clear()
+        self._formed = None
         self._kept.clear()
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -102,12 +108,48 @@ class State:
                 f"do not store parameters inside the evaluated function"
             )
         self.touched.add(name)
-        scale = self.scale.get(name, 1.0)
+        return self._scaled_terms(device, self.scale.get(name, 1.0))
+
+    def _scaled_terms(self, device: torch.device, scale: Scale) -> tuple[Tensor, Tensor]:
+        assert self.seeds is not None and self.coeffs is not None
         found = self._terms.get((device, scale))
         if found is None:
             seeds, coeffs = scaled(self.seeds, self.coeffs, scale)
             found = self._terms[device, scale] = (seeds.to(device), coeffs.to(device))
         return found
+
+    def vector(self, name: str) -> Tensor | None:
+        """A parameter of ``vectors`` at every branch, float32 ``[G, numel]``.
+
+        All of them are displaced by one op when the first is used: one by one they would cost a
+        tenth of a short step. None where they are too many to hold.
+        """
+        if self._formed is None:
+            self._formed = self._form_vectors()
+        return self._formed.get(name)
+
+    def _form_vectors(self) -> dict[str, Tensor]:
+        together: dict[tuple[torch.device, Scale], list[tuple[LazyParameter, Tensor]]] = {}
+        for lazy, data in self.vectors:
+            key = (data.device, self.scale.get(lazy.parameter, 1.0))
+            together.setdefault(key, []).append((lazy, data))
+        formed: dict[str, Tensor] = {}
+        for (device, scale), members in together.items():
+            seeds, coeffs = self._scaled_terms(device, scale)
+            branches = coeffs.shape[0]
+            sizes = [branches * data.shape[0] for _, data in members]
+            if sum(sizes) > VECTORS:
+                continue
+            flat = _ops.displace_vectors(
+                [data for _, data in members],
+                seeds,
+                coeffs,
+                [lazy.param_id for lazy, _ in members],
+                self.distribution,
+            )
+            for (lazy, _), part in zip(members, flat.split(sizes), strict=True):
+                formed[lazy.parameter] = part.view(branches, -1)
+        return formed
 
     def lift(self, branches: Tensor) -> Tensor:
         """``[G, ...]`` as the tensor the evaluated function sees."""
@@ -142,6 +184,7 @@ class LazyParameter(Tensor):
     row_offset: int
     transposed: bool
     views: dict[object, LazyParameter]
+    whole_vector = False  # one of state.vectors
 
     @staticmethod
     def __new__(
@@ -216,6 +259,10 @@ class LazyParameter(Tensor):
         """The displaced tensor of every branch, ``[G, *shape]``."""
         with DisableTorchFunctionSubclass():
             seeds, coeffs = self.state.terms(self.parameter, self.matrix.device)
+            if self.whole_vector and dtype == torch.float32:
+                together = self.state.vector(self.parameter)
+                if together is not None:
+                    return together
             formed: Tensor = _ops.displace(
                 self.matrix,
                 seeds,

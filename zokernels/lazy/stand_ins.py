@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zokernels.binding import Binding, BoundParameter
 from zokernels.lazy.masked import masked_parameter
-from zokernels.lazy.parameter import LazyParameter, State
+from zokernels.lazy.parameter import SMALL, LazyParameter, State
 
 
 def lazy_parameter(state: State, bound: BoundParameter) -> LazyParameter:
@@ -35,9 +35,21 @@ class Lazy:
         A parameter that cannot be viewed as its matrix (a channels-last convolution) is copied, so
         its stand-in is renewed every time.
         """
+        renewed = False
         for p in binding.params:
             layout = (p.tensor.data_ptr(), p.tensor.stride())
             if self._layouts.get(p.name) != layout:
                 lazy = self.params[p.name] = lazy_parameter(self.state, p)
                 shares = lazy.matrix.data_ptr() == layout[0]
                 self._layouts[p.name] = layout if shares else None
+                renewed = True
+        if renewed:
+            self._collect_vectors()
+
+    def _collect_vectors(self) -> None:
+        """Tell the state which parameters it may form together."""
+        self.state.vectors = []
+        for lazy in self.params.values():
+            if type(lazy) is LazyParameter and len(lazy.stored_shape) == 1 and lazy.small():
+                lazy.whole_vector = True
+                self.state.vectors.append((lazy, lazy.matrix[0]))

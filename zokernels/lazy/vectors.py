@@ -38,11 +38,15 @@ def _norm(
         (w, w_shared), (b, b_shared) = affine(weight), affine(bias)
         assert state.coeffs is not None
         wide = physical.dtype != torch.float32 and not mixed
+        count = state.coeffs.shape[0]
+
+        def each(value: Any, same: bool) -> Any:
+            return (value,) * count if same else value.unbind(0)
+
         parts = []
-        for g in range(state.coeffs.shape[0]):
-            xg = physical if shared else physical[g]
-            wg = w if w_shared else w[g]
-            bg = b if b_shared else b[g]
+        for xg, wg, bg in zip(
+            each(physical, shared), each(w, w_shared), each(b, b_shared), strict=True
+        ):
             if wide:
                 xg = xg.float()
                 wg = None if wg is None else wg.float()

@@ -1,0 +1,8 @@
+// Version of the native ops' signatures, checked by zokernels/_load.py.
+#pragma once
+
+namespace zk {
+
+constexpr int kAbiVersion = 4;
+
+}  // namespace zk
