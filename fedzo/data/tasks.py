@@ -74,9 +74,14 @@ class CausalTask:
         return {**batch.inputs, **{name: t for name, t in extra.items() if t is not None}}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss of a batch: a scalar."""
+        """Mean loss of a batch: a scalar, differentiable where gradients are enabled."""
         inputs = {name: tensor for name, tensor in batch.items() if name not in _EXTRA}
-        return self._objective(model, Batch(inputs, *(batch.get(name) for name in _EXTRA)))
+        whole = Batch(inputs, *(batch.get(name) for name in _EXTRA))
+        if whole.targets is None and torch.is_grad_enabled():
+            # The loss without logits has no backward pass.
+            per_token, weight = self._objective.token_losses(model, whole)
+            return per_token.sum() / weight.sum()
+        return self._objective(model, whole)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """``loss``, ``accuracy`` (classification) or ``perplexity``, and ``examples``, held out."""

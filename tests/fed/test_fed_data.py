@@ -245,6 +245,27 @@ def test_instruction_loss_is_taken_on_the_answer_alone(causal, tmp_path):
     assert held_out["perplexity"] == pytest.approx(math.exp(held_out["loss"]))
 
 
+def test_the_loss_has_gradients_where_they_are_enabled(causal, tmp_path):
+    model, tokenizer = causal
+    rows = [{"instruction": f"Add {i}", "output": str(i)} for i in range(8)]
+    path = write(tmp_path / "alpaca.json", rows)
+    task = load_task(model, tokenizer, path, template="alpaca", eval_data=path, max_length=64)
+    batch, weight = task.batch([1, 2]), model.model.layers[0].mlp.up_proj.weight
+    loss = task.loss(model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(task.loss(model, batch), loss.detach())
+    (gradient,) = torch.autograd.grad(loss, [weight])
+    step = 1e-3 / gradient.norm()
+    shifts = {}
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step * gradient
+            shifts[sign] = task.loss(model, batch)
+            weight -= sign * step * gradient
+    slope = float((shifts[1] - shifts[-1]) / (2 * step))
+    assert slope == pytest.approx(float(gradient.square().sum()), rel=0.05)
+
+
 def test_a_long_instruction_keeps_its_answer_and_the_prompts_end(causal, tmp_path):
     model, tokenizer = causal
     rows = [{"instruction": "x" * 300, "output": "y" * 300}, {"instruction": "a", "output": "b"}]
