@@ -159,14 +159,4 @@ ZK_DEVICE const Entry& entry_of(const Table& table, int64_t tile) {
   return table.entries[low];
 }
 
-// The same value as `nearest` and `stochastic`, of a type known at run time.
-ZK_DEVICE float round_nearest(float x, DType t) {
-  return t == DType::bf16 ? nearest<DType::bf16>(x) : t == DType::f16 ? nearest<DType::f16>(x) : x;
-}
-ZK_DEVICE float round_stochastic(float x, DType t, uint32_t r16) {
-  return t == DType::bf16  ? stochastic<DType::bf16>(x, r16)
-         : t == DType::f16 ? stochastic<DType::f16>(x, r16)
-                           : x;
-}
-
 }  // namespace zk

@@ -38,6 +38,13 @@ ZK_DEVICE int64_t block_y() { return blockIdx.y; }
 ZK_DEVICE int64_t block_z() { return blockIdx.z; }
 ZK_DEVICE void barrier() { __syncthreads(); }
 
+// What was read from memory before is read anew after.
+ZK_DEVICE void forget() { asm volatile("" ::: "memory"); }
+
+// The compiler knows nothing of x any more: what is computed from it stays inside the loop, where
+// it costs an instruction, instead of outside, where it costs registers.
+ZK_DEVICE void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // Every lane of the warp takes part.
 ZK_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
@@ -139,14 +146,22 @@ ZK_DEVICE float nearest(float x) {
   return low;
 }
 
-// x moved to T's grid by sixteen random bits, as float32 (numeric.h has the formula). An
-// overflowing float16 is still above float16's range here, and becomes infinite in pack.
+// x moved to T's grid by sixteen random bits, as float32: the values of numeric.h without branches.
+// A NaN that comes out of an fma is quiet, so it survives the cut; an overflowing float16 becomes
+// infinite in `nearest`.
 template <DType T>
 ZK_DEVICE float stochastic(float x, uint32_t r16) {
-  if constexpr (T == DType::bf16)
-    return bf16_float(bf16_stochastic(x, r16));
-  else
-    return nearest<T>(fp16_stochastic(x, r16));
+  const uint32_t u = float_bits(x), mag = u & 0x7FFFFFFFu;
+  const bool special = mag >= 0x7F800000u;
+  if constexpr (T == DType::bf16) {
+    return bits_float((special ? u : u + r16) & 0xFFFF0000u);
+  } else {
+    const uint32_t r13 = r16 >> 3;
+    const uint32_t normal = (u + r13) & 0xFFFFE000u;
+    const float moved = bits_float(mag) * 0x1p24f + static_cast<float>(r13) * 0x1p-13f;
+    const uint32_t small = float_bits(floorf(moved) * 0x1p-24f) | (u & 0x80000000u);
+    return nearest<T>(bits_float(special ? u : mag >= 0x38800000u ? normal : small));
+  }
 }
 
 }  // namespace zk

@@ -13,6 +13,22 @@ ZK_DEVICE int64_t row_id(const DisplaceArgs& a, int64_t branch, int64_t row) {
                     : static_cast<int64_t>(static_cast<const int32_t*>(a.ids)[at]);
 }
 
+// Both branches' units, rounded with the same bits.
+template <DType T, int V>
+ZK_DEVICE void round_pair(const RowState& s, const Unit& u, float acc[2][4][V]) {
+  const uint32_t shift = u.group % 2u * 16u;
+  ZK_UNROLL
+  for (int i = 0; i < V; ++i) {
+    const PhiloxWords w = rounding_words(s, u.group, u.l + static_cast<uint32_t>(i));
+    ZK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t r16 = (w.w[j] >> shift) & 0xFFFFu;
+      acc[0][j][i] = stochastic<T>(acc[0][j][i], r16);
+      acc[1][j][i] = stochastic<T>(acc[1][j][i], r16);
+    }
+  }
+}
+
 // Two branches from one draw; more go by blockIdx.y, and a seed that neither of the two has is not
 // drawn. Branches with rows of their own go one by one.
 template <int V, Distribution kind>
@@ -63,17 +79,10 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_kernel(const DisplaceArgs a) {
   if (a.stochastic && a.terms.count > 0 && a.out_dtype != DType::f32) {
     const RowState s = row_state(static_cast<uint64_t>(a.terms.seeds[0]), noise_row,
                                  a.place.param_id, Stream::probe_rounding);
-    const uint32_t shift = u.group % 2u * 16u;
-    ZK_UNROLL
-    for (int i = 0; i < V; ++i) {
-      const PhiloxWords w = rounding_words(s, u.group, u.l + static_cast<uint32_t>(i));
-      ZK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t r16 = (w.w[j] >> shift) & 0xFFFFu;
-        acc[0][j][i] = round_stochastic(acc[0][j][i], a.out_dtype, r16);
-        acc[1][j][i] = round_stochastic(acc[1][j][i], a.out_dtype, r16);
-      }
-    }
+    if (a.out_dtype == DType::bf16)
+      round_pair<DType::bf16, V>(s, u, acc);
+    else
+      round_pair<DType::f16, V>(s, u, acc);
   }
   const int64_t size = a.out_dtype == DType::f32 ? 4 : 2;
   u.row = out_row;
@@ -94,33 +103,37 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_kernel(const DisplaceArgs a) {
 // Tiles a block goes through, one after another: their tensor is searched for once a tile.
 constexpr int kUpdateSpan = 4;
 
-// Rounding bits of a unit. The two groups of a pair share the words, and stand eight lanes apart:
-// each of the two threads draws half of them and sends the other its halves.
-template <int V>
-ZK_DEVICE void paired_rounding_bits(const RowState& s, const Unit& u, uint32_t r16[4][V]) {
+template <DType T, int V>
+ZK_DEVICE void round_nearest(float acc[4][V]) {
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    ZK_UNROLL
+    for (int i = 0; i < V; ++i) acc[j][i] = nearest<T>(acc[j][i]);
+  }
+}
+
+// The two groups of a pair share their rounding words and stand eight lanes apart: each of the two
+// threads draws half of the words and sends the other its halves.
+template <DType T, int V>
+ZK_DEVICE void round_stochastic(const RowState& s, const Unit& u, float acc[4][V]) {
   constexpr int half = V / 2;
   const bool odd = (u.group & 1u) != 0;
-  uint32_t mine[half][4], sent[half][4];
   ZK_UNROLL
   for (int i = 0; i < half; ++i) {
-    const uint32_t column = u.l + static_cast<uint32_t>(odd ? i + half : i);
-    const PhiloxWords w = rounding_words(s, u.group, column);
-    ZK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      mine[i][j] = odd ? w.w[j] >> 16 : w.w[j] & 0xFFFFu;
-      sent[i][j] = odd ? w.w[j] & 0xFFFFu : w.w[j] >> 16;
-    }
-  }
-  ZK_UNROLL
-  for (int i = 0; i < half; ++i) {
+    const PhiloxWords w =
+        rounding_words(s, u.group, u.l + static_cast<uint32_t>(odd ? i + half : i));
     ZK_UNROLL
     for (int j = 0; j < 4; j += 2) {
-      const uint32_t got = dev::shuffle_xor(sent[i][j] | sent[i][j + 1] << 16, 64 / V);
-      const uint32_t low = got & 0xFFFFu, high = got >> 16;
-      r16[j][i] = odd ? low : mine[i][j];
-      r16[j + 1][i] = odd ? high : mine[i][j + 1];
-      r16[j][i + half] = odd ? mine[i][j] : low;
-      r16[j + 1][i + half] = odd ? mine[i][j + 1] : high;
+      const uint32_t low = (w.w[j] & 0xFFFFu) | w.w[j + 1] << 16;
+      const uint32_t high = w.w[j] >> 16 | (w.w[j + 1] & 0xFFFF0000u);
+      const uint32_t mine = odd ? high : low;
+      const uint32_t got = dev::shuffle_xor(odd ? low : high, 64 / V);
+      // The even group drew columns i and got columns i + half, the odd one the other way round.
+      const uint32_t near = odd ? got : mine, far = odd ? mine : got;
+      acc[j][i] = stochastic<T>(acc[j][i], near & 0xFFFFu);
+      acc[j + 1][i] = stochastic<T>(acc[j + 1][i], near >> 16);
+      acc[j][i + half] = stochastic<T>(acc[j][i + half], far & 0xFFFFu);
+      acc[j + 1][i + half] = stochastic<T>(acc[j + 1][i + half], far >> 16);
     }
   }
 }
@@ -133,17 +146,15 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) update_kernel(const UpdateArgs a) {
     const int64_t tile = dev::block_x() * kUpdateSpan + s;
     if (tile >= a.table.tiles) return;
     const Entry& e = entry_of(a.table, tile);
-    const Matrix m = e.m;
-    const Place place = e.place;
+    const uint32_t param_id = e.place.param_id;
     const int64_t index = (tile - e.first_tile) * kThreads + dev::thread();
-    const Unit u = unit_at<V>(index, e.cut, place.col_offset);
-    const bool inside = u.row < m.rows;
-    const uint32_t noise_row = place.row_offset + static_cast<uint32_t>(u.row);
-    const bool stochastic = V == 8 && a.stochastic;
+    const Unit u = unit_at<V>(index, e.cut, e.place.col_offset);
+    const bool inside = u.row < e.m.rows, bf16 = e.m.dtype == DType::bf16;
+    const uint32_t noise_row = e.place.row_offset + static_cast<uint32_t>(u.row);
 
     float acc[4][V];
     if (inside) {
-      load_unit<V>(m, u, acc);
+      load_unit<V>(e.m, u, acc);
     } else {
       ZK_UNROLL
       for (int j = 0; j < 4; ++j) {
@@ -163,8 +174,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) update_kernel(const UpdateArgs a) {
           for (int i = 0; i < V; ++i) acc[j][i] = acc[j][i] * decay;
         }
       }
-      const Draw<kind> draw(row_state(seed, noise_row, place.param_id, Stream::direction), u.group,
-                            u.l);
+      const Draw<kind> draw(row_state(seed, noise_row, param_id, Stream::direction), u.group, u.l);
       ZK_UNROLL
       for (int i = 0; i < V; ++i) {
         float z[4];
@@ -173,27 +183,24 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) update_kernel(const UpdateArgs a) {
         for (int j = 0; j < 4; ++j) acc[j][i] = fma32(c, z[j], acc[j][i]);
       }
       const bool ends = !a.ends || a.ends[k] || k == a.terms.count - 1;
-      if (!ends || m.dtype == DType::f32) continue;
+      if (!ends) continue;
       if constexpr (V == 8) {
-        if (stochastic) {
-          uint32_t r16[4][V];
-          paired_rounding_bits<V>(
-              row_state(seed, noise_row, place.param_id, Stream::update_rounding), u, r16);
-          ZK_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            ZK_UNROLL
-            for (int i = 0; i < V; ++i) acc[j][i] = round_stochastic(acc[j][i], m.dtype, r16[j][i]);
-          }
-          continue;
+        if (a.stochastic) {
+          const RowState bits = row_state(seed, noise_row, param_id, Stream::update_rounding);
+          if (bf16)
+            round_stochastic<DType::bf16, V>(bits, u, acc);
+          else
+            round_stochastic<DType::f16, V>(bits, u, acc);
+        } else if (bf16) {
+          round_nearest<DType::bf16, V>(acc);
+        } else {
+          round_nearest<DType::f16, V>(acc);
         }
       }
-      ZK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        ZK_UNROLL
-        for (int i = 0; i < V; ++i) acc[j][i] = round_nearest(acc[j][i], m.dtype);
-      }
     }
-    if (inside) store_unit<V>(m, u, acc);
+    // The matrix is read again instead of held in registers.
+    dev::forget();
+    if (inside) store_unit<V>(e.m, u, acc);
   }
 }
 

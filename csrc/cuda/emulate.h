@@ -177,6 +177,8 @@ inline int thread() { return emulate::block().current; }
 inline int64_t block_x() { return emulate::block().x; }
 inline int64_t block_y() { return emulate::block().y; }
 inline int64_t block_z() { return emulate::block().z; }
+inline void forget() {}
+inline void opaque(uint32_t&) {}
 inline void barrier() { emulate::meet(emulate::block().all, emulate::block().threads); }
 
 template <class T>

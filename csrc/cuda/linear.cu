@@ -78,7 +78,7 @@ ZK_DEVICE void apply_pending(const LinearArgs& a, uint32_t noise_row, uint32_t g
 }
 
 template <DType T, Distribution kind, int NT, bool pending>
-ZK_KERNEL void ZK_BOUNDS(kThreads, NT + (pending ? 4 : 0) <= 5 ? 2 : 1)
+ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
     linear_kernel(const LinearArgs a, const Split split) {
   const int warp = dev::thread() / 32, lane = dev::thread() % 32, q = lane % 4, r = lane / 4;
   const int wide = kWarps / split.warps_k;
@@ -236,13 +236,11 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT + (pending ? 4 : 0) <= 5 ? 2 : 1)
 
 using Kernel = void (*)(const LinearArgs, const Split);
 
+// Products of tokens that are not there are skipped, so one size serves fewer tokens too.
 template <DType T, Distribution kind>
 Kernel choose(int tiles, bool pending) {
-  if (tiles <= 1)
-    return pending ? linear_kernel<T, kind, 1, true> : linear_kernel<T, kind, 1, false>;
-  if (tiles <= 4)
-    return pending ? linear_kernel<T, kind, 4, true> : linear_kernel<T, kind, 4, false>;
-  return pending ? linear_kernel<T, kind, 8, true> : linear_kernel<T, kind, 8, false>;
+  if (pending) return linear_kernel<T, kind, 8, true>;
+  return tiles == 4 ? linear_kernel<T, kind, 4, false> : linear_kernel<T, kind, 8, false>;
 }
 
 }  // namespace
@@ -250,9 +248,10 @@ Kernel choose(int tiles, bool pending) {
 const char* linear(const LinearArgs& a, void* stream) {
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
   const int64_t tiles = (a.tokens + 7) / 8;
-  const int nt = tiles <= 1 ? 1 : tiles <= 4 ? 4 : 8;
+  const bool pending = a.pending.count > 0;
+  const int nt = tiles <= 4 && !pending ? 4 : 8;
   const int64_t blocks = (tiles + nt - 1) / nt, pairs = (a.branches + 1) / 2;
-  if (a.pending.count && (blocks > 1 || pairs > 1))
+  if (pending && (blocks > 1 || pairs > 1))
     return "a pending update needs one block of tokens and one pair of branches";
   const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
   Split split{kWarps, cut.first_group, static_cast<int>(2 * cut.groups)};
@@ -263,7 +262,7 @@ const char* linear(const LinearArgs& a, void* stream) {
   split.warps_k = kWarps / wide;
   while (split.warps_k > 1 && split.warps_k > split.halves) split.warps_k /= 2;
   const int64_t outputs = 16 * (kWarps / split.warps_k);
-  const bool normal = a.distribution == Distribution::gaussian, pending = a.pending.count > 0;
+  const bool normal = a.distribution == Distribution::gaussian;
   const Kernel kernel = a.w.dtype == DType::bf16
                             ? normal ? choose<DType::bf16, Distribution::gaussian>(nt, pending)
                                      : choose<DType::bf16, Distribution::rademacher>(nt, pending)

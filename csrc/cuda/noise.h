@@ -89,6 +89,7 @@ struct Draw {
   ZK_DEVICE Draw(const RowState& s, uint32_t group, uint32_t l) : state(s) {
     if constexpr (kind == Distribution::gaussian) {
       base = group * 64u + l;
+      dev::opaque(base);
     } else {
       const PhiloxWords low = philox_words(s, group * 2u), high = philox_words(s, group * 2u + 1u);
       const bool upper = l >= 32u;

@@ -1,0 +1,138 @@
+"""The CUDA backend compiles for every architecture without a GPU, and what ptxas says of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+CMAKE = (ROOT / "csrc" / "CMakeLists.txt").read_text()
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+def option(pattern: str) -> list[str]:
+    """A list out of CMakeLists.txt, so that what is tested is what is built."""
+    found = re.search(pattern, CMAKE)
+    assert found, pattern
+    return found.group(1).split(";")
+
+
+ARCHITECTURES = option(r'ZOKERNELS_CUDA_ARCHITECTURES "([^"]+)" CACHE')
+FLAGS = option(r"COMPILE_LANGUAGE:CUDA>:([^$]+);--threads")
+
+# Registers a thread: two blocks of 256 threads a multiprocessor, but for the products of up to 64
+# tokens a branch, whose sums alone take 64.
+MOST = {"linear_kernel": 255}
+MOST_OTHERWISE = 128
+
+
+def known_architectures() -> set[str]:
+    assert NVCC
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"compute_(\d+)", listed.stdout))
+
+
+def test_the_architectures_are_the_promised_ones() -> None:
+    assert ARCHITECTURES == ["80", "86", "89", "90a", "100"]
+    assert "-fmad=false" in FLAGS
+    assert not any("fast" in flag for flag in FLAGS)
+
+
+@needs_nvcc
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
+    if re.sub("[a-z]", "", arch) not in known_architectures():
+        pytest.skip(f"this nvcc does not know compute capability {arch}")
+    kernels: dict[str, tuple[int, ...]] = {}
+    for source in sorted(SOURCES.glob("*.cu")):
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = [
+            NVCC,
+            "-std=c++17",
+            *FLAGS,
+            target,
+            "-Xptxas=-v",
+            "-Werror=all-warnings",
+            "-cubin",
+        ]
+        done = subprocess.run(
+            [*command, "-o", str(tmp_path / "out.cubin"), str(source)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        report = re.findall(
+            r"Compiling entry function '(\w+)' for 'sm_\w+'.*?"
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+            r"Used (\d+) registers",
+            done.stdout + done.stderr,
+            re.DOTALL,
+        )
+        kernels |= {name: tuple(map(int, numbers)) for name, *numbers in report}
+    # displace, update, project: 2 widths x 2 distributions; products: 2 types x 2 x 3; 2 helpers.
+    assert len(kernels) == 3 * 4 + 12 + 2, sorted(kernels)
+    for name, (stack, stores, loads, registers) in kernels.items():
+        most = next((n for part, n in MOST.items() if part in name), MOST_OTHERWISE)
+        assert (stack, stores, loads) == (0, 0, 0), f"{name} uses {stack} bytes of stack"
+        assert registers <= most, f"{name} uses {registers} registers"
+
+
+@needs_nvcc
+@pytest.mark.timeout(900)
+def test_the_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
+    """CMake with ZOKERNELS_CUDA=ON, one architecture: the ops register without a driver."""
+    configure = [
+        *("cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=Release"),
+        *(
+            "-DZOKERNELS_CPU_BACKEND=OFF",
+            "-DZOKERNELS_CUDA=ON",
+            "-DZOKERNELS_CUDA_ARCHITECTURES=80",
+        ),
+        f"-DZOKERNELS_TORCH_DIR={Path(torch.__file__).parent}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_CUDA_COMPILER={NVCC}",
+    ]
+    for command in (configure, ["cmake", "--build", str(tmp_path)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    library = tmp_path / "_zokernels_cuda.so"
+    code = (
+        "import torch, ctypes, zokernels\n"
+        f"torch.ops.load_library({str(library)!r})\n"
+        "ops = torch.ops.zokernels_cuda\n"
+        "assert ops.table_bytes(3) == 3 * ops.table_bytes(1) > 0\n"
+        "for op in ('displace_', 'update_', 'project_', 'project_rows', 'linear_'):\n"
+        "    getattr(ops, op)\n"
+        "from zokernels import _load\n"
+        f"native = ctypes.CDLL({str(library)!r})\n"
+        "assert native.zokernels_abi_version() == _load.ABI_VERSION\n"
+        "assert native.zokernels_contract_version() == _load.CONTRACT_VERSION\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_auto_builds_nothing_for_a_cpu_torch(tmp_path: Path) -> None:
+    """A CPU torch cannot use the library: AUTO neither looks for nvcc nor fails without it."""
+    fake = tmp_path / "torch"
+    (fake / "include" / "torch" / "csrc" / "stable" / "c").mkdir(parents=True)
+    (fake / "include" / "torch" / "csrc" / "stable" / "c" / "shim.h").write_text("")
+    (fake / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    command = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path / "build")]
+    command += [f"-DZOKERNELS_TORCH_DIR={fake}", "-DZOKERNELS_CPU_BACKEND=OFF"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA backend: torch is built without CUDA" in done.stdout
+    wrong = subprocess.run([*command, "-DZOKERNELS_CUDA=maybe"], capture_output=True, text=True)
+    assert wrong.returncode != 0
+    assert "ZOKERNELS_CUDA must be AUTO, ON or OFF" in wrong.stderr
