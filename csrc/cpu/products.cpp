@@ -53,7 +53,7 @@ std::optional<DType> fused_compute(DType dtype) {
 bool few_tokens(int64_t tokens, DType compute) {
   const int64_t most = fused_tokens.load();
   if (most >= 0) return tokens <= most;
-  return tokens >= 8 && tokens <= (compute == DType::bf16 ? 128 : 512);
+  return tokens > 8 && tokens <= (compute == DType::bf16 ? 128 : 512);
 }
 
 Plan plan_tiles(int64_t fan_in, int64_t fan_out, int64_t tokens, int64_t branches, DType compute,
