@@ -10,11 +10,12 @@ import model_zoo as zoo
 import torch
 from torch import Tensor, nn
 
-from fedzo.methods import Method, make
+from fedzo.methods import Method, Setting, Site, make
+from fedzo.methods.base import Rule
 from fedzo.sampling import Examples
 from fedzo.simulation import Federation
 
-__all__ = ["Examples", "Federation"]
+__all__ = ["Examples", "Federation", "Rule", "Site"]
 
 EXAMPLES, LENGTH = 60, 8
 
@@ -98,6 +99,11 @@ def shards(clients: int, task: ToyTask) -> list[list[int]]:
     """Every example to one client, of different sizes."""
     cuts = [task.train_size * i * (i + 1) // (clients * (clients + 1)) for i in range(clients + 1)]
     return [list(range(a, b)) for a, b in itertools.pairwise(cuts)]
+
+
+def setting(model: nn.Module, task: ToyTask, seed: int = 5) -> Setting:
+    """What a method is prepared with."""
+    return Setting(model, task, (0,), {0: task.train_size}, seed, (task.batch(range(4)),))
 
 
 def federation(
