@@ -57,15 +57,14 @@ def write(folder: Path, lines: Sequence[Line]) -> Path:
 def rendered(lines: Sequence[Line]) -> Table:
     """The table for a console."""
     scores = [n for n in ("loss", "accuracy", "perplexity") if n in lines[0]]
-    shown = Table(
-        "method", *scores, "up", "down", "saving", "moving", "seconds", box=box.SIMPLE_HEAD
-    )
+    shown = Table(box=box.SIMPLE_HEAD)
+    for name in ("method", *scores, "up", "saving", "moving", "seconds"):
+        shown.add_column(name, no_wrap=name in ("method", *scores))
     for line in lines:
         shown.add_row(
             line["name"],
             *(f"{line[s]:.4f} ± {line[f'{s}_std']:.4f}" for s in scores),
             decimal(int(line["bytes_up"])),
-            decimal(int(line["bytes_down"])),
             f"{line['saving']:,.0f}x",
             f"{line['moving']:,}",
             f"{line['seconds']:.1f}",

@@ -1,0 +1,84 @@
+"""Meerkat against Full-FedZO, Weight-Magnitude, random mask and LoRA-FedZO at T = 1, 10, 30.
+
+All methods see the same clients, batches and number of rounds; T local steps a round, T times
+rounds constant. The learning rate of every method and every T is searched for on its own, in
+half-decades, on other held-out examples and another seed than the reported ones.
+
+Source: Meerkat (arXiv 2506.03337), its main comparison.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.fed.bed import Bed, arguments, spread
+from bench.harness import listed
+
+# Case -> method, its options, the first grid of learning rates.
+CASES: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "meerkat": ("meerkat", {}, (1e-3, 1e-3 * 10**0.5, 1e-2)),
+    "full": ("full_fedzo", {"payload": "scalars"}, (1e-4, 1e-4 * 10**0.5, 1e-3)),
+    "magnitude": ("weight_magnitude", {}, (0.1, 0.1 * 10**0.5, 1.0)),
+    "random": ("random_mask", {}, (0.1, 0.1 * 10**0.5, 1.0)),
+    "lora": ("lora_fedzo", {}, (1e-4 * 10**0.5, 1e-3, 1e-3 * 10**0.5)),
+    "meerkat-layer": ("meerkat", {"scope": "layer"}, (1e-3 * 10**0.5, 1e-2, 1e-2 * 10**0.5)),
+}
+KEY = ("case", "T", "phase", "lr", "seed")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--steps", default="1,10,30", help="T, comma separated")
+    parser.add_argument("--budget", type=int, default=120, help="local steps of a client in all")
+    parser.add_argument("--cases", default="meerkat,full,magnitude,random,lora")
+    parser.add_argument("--name", default="fed_meerkat", help="of the table")
+    args = parser.parse_args()
+    bed = Bed(args.name, args, KEY)
+    chosen: dict[tuple[str, int], float] = {}
+    grid = [(case, int(t)) for t in listed(args.steps) for case in listed(args.cases)]
+    for case, steps in grid:
+        method, options, rates = CASES[case]
+        chosen[case, steps] = bed.tuned(
+            {"case": case, "T": steps},
+            method,
+            {**options, "steps": steps},
+            rates,
+            rounds=args.budget // steps,
+        )
+    for seed in range(args.seeds):
+        for case, steps in grid:
+            method, options, _ = CASES[case]
+            lr = chosen[case, steps]
+            bed.run(
+                {"case": case, "T": steps, "phase": "final", "lr": f"{lr:.2e}", "seed": seed},
+                method,
+                {**options, "steps": steps, "lr": lr},
+                rounds=args.budget // steps,
+                seed=seed,
+            )
+    report(bed)
+
+
+def report(bed: Bed) -> None:
+    """The table: mean and standard deviation over seeds."""
+    rows = [row for row in bed.rows() if row["phase"] == "final"]
+    print(
+        "| T | rounds | case | moving | lr | loss before | loss after | uplink | dense / uplink |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for steps in dict.fromkeys(row["T"] for row in rows):
+        for case in dict.fromkeys(row["case"] for row in rows):
+            own = [row for row in rows if (row["T"], row["case"]) == (steps, case)]
+            if own:
+                mean, deviation = spread([float(row["loss"]) for row in own])
+                first = own[0]
+                ratio = float(first["dense_uplink"]) / float(first["uplink"])
+                print(
+                    f"| {steps} | {first['rounds']} | {case} | {first['moving']} | {first['lr']} | "
+                    f"{float(first['loss_before']):.4f} | {mean:.4f} ± {deviation:.4f} | "
+                    f"{first['uplink']} B | {ratio:,.0f}x |"
+                )
+
+
+if __name__ == "__main__":
+    main()
