@@ -100,13 +100,17 @@ class _Record(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func.namespace == "zokernels":
-            call = self._read(func._schema.name.split("::")[1], args)
-            if call is not None:
-                self.calls.append(call)
+            self.calls += self._read(func._schema.name.split("::")[1], args)
         return func(*args, **(kwargs or {}))
 
-    def _read(self, op: str, args: tuple[Any, ...]) -> Call | None:
+    def _read(self, op: str, args: tuple[Any, ...]) -> list[Call]:
         plan, flops = None, 0
+        if op == "displace_vectors":
+            vectors, seeds, _, ids = args[:4]
+            return [
+                self._call(i, op, v[None], 0, v.numel() * seeds.numel(), 0, None)
+                for v, i in zip(vectors, ids, strict=True)
+            ]
         if op == "displace":
             w, seeds, coeffs, param_id = args[:4]
             tokens, noise = 0, w.numel() * seeds.numel()
@@ -114,6 +118,11 @@ class _Record(TorchDispatchMode):
             ids, w, seeds, coeffs, param_id = args[:5]
             tokens = ids.numel() if args[8] else ids[0].numel()
             noise = min(ids.unique().numel(), w.shape[0]) * w.shape[1] * seeds.numel()
+        elif op == "sparse_linear":
+            x, w, _, indices, _, seeds, coeffs, param_id = args[:8]
+            tokens = (x.numel() if args[10] else x[0].numel()) // x.shape[-1]
+            flops = 2 * coeffs.shape[0] * tokens * (w.numel() + indices.numel())
+            noise = indices.numel() * seeds.numel()
         elif op in ("linear", "linear_cross_entropy"):
             x, w = args[:2]
             seeds, coeffs, param_id = args[3:6] if op == "linear" else args[4:7]
@@ -133,7 +142,19 @@ class _Record(TorchDispatchMode):
                 )
                 noise = plan.noise
         else:
-            return None
+            return []
+        return [self._call(param_id, op, w, tokens, noise, flops, plan)]
+
+    def _call(
+        self,
+        param_id: int,
+        op: str,
+        w: Tensor,
+        tokens: int,
+        noise: int,
+        flops: int,
+        plan: LinearPlan | None,
+    ) -> Call:
         return Call(
             self.names.get(param_id, "(fixed)"),
             op,
