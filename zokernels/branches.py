@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import verify
 from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, exchanged
+from zokernels.deferred import placed
 from zokernels.lazy import Lazy, LazyParameter, Scale, scaled
 from zokernels.lazy.masked import displaced as displaced_under_mask
 from zokernels.losses import loss_of
@@ -110,8 +111,8 @@ class Branches:
             )
         self.binding = bind(model, params, mask)
         self.distribution = distribution
-        self.seeds = _as_seeds(seeds).to(self.binding.device)
-        self.coeffs = _as_coeffs(coeffs, self.seeds.numel()).to(self.binding.device)
+        self.seeds = placed(_as_seeds(seeds), self.binding.device)
+        self.coeffs = placed(_as_coeffs(coeffs, self.seeds.numel()), self.binding.device)
         self.scale = dict(scale or {})
         unknown = [n for n in self.scale if n not in self.binding.by_name]
         if unknown:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokernels import _targets
+from zokernels import _registry, _targets, deferred
 from zokernels._targets import NamedTensors, fp32
 from zokernels.binding import Binding, BoundParameter, bind, unwrap
 from zokernels.branches import Branches, displaced_storage
+from zokernels.deferred import Fetch, Inputs, Rates, placed
 from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
@@ -66,6 +67,17 @@ class _Past:
     gradients: tuple[tuple[float, ...], ...]  # [groups][directions], clipped
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A step that was made on the device and not yet written down here."""
+
+    step: int
+    seeds: tuple[int, ...]
+    rates: tuple[Rates, ...]
+    losses: Fetch
+    gradients: Tensor  # float64 [groups, directions] on the device; 0 where the step was skipped
+
+
 class MeZO(torch.optim.Optimizer):
     r"""Zeroth-order SGD (MeZO): each step costs forward passes and one write of the weights.
 
@@ -82,6 +94,11 @@ class MeZO(torch.optim.Optimizer):
     The probes are evaluated on weights that are never written, so they cost no accuracy at any
     dtype. Directions depend on ``seed``, the number of the step and the parameters' names alone:
     not on torch's random state, the order of the parameters, their device or dtype.
+
+    On a CUDA device a step does not wait for the GPU (``nonfinite="raise"``, a mask and the
+    reference backend do): the projected gradient, the clipping and the skipping of steps that are
+    not finite happen there, and the journal, :attr:`last`, :attr:`skipped` and the warning follow
+    when the losses have arrived, at the latest when they are asked for.
 
     Losses come from the model as it is: call ``model.eval()`` to evaluate without dropout, as MeZO
     does. In training mode both probes see the same dropout masks.
@@ -148,6 +165,8 @@ class MeZO(torch.optim.Optimizer):
     _last: StepResult | None
     _incoming: dict[str, Any] | None
     _journal: Trajectory | None
+    _pending: list[_Pending]  # oldest first
+    _settling: bool
 
     def __init__(
         self,
@@ -203,6 +222,7 @@ class MeZO(torch.optim.Optimizer):
         self._step, self._skipped, self._warned = 0, 0, False
         self._window, self._last = (), None
         self._incoming, self._journal = None, None
+        self._pending, self._settling = [], False
         super().__init__(groups, defaults)
         self._bind()
         self.journal = journal
@@ -217,17 +237,19 @@ class MeZO(torch.optim.Optimizer):
     @property
     def skipped(self) -> int:
         """Steps without an update because something was not finite."""
+        self._settle()
         return self._skipped
 
     @property
     def last(self) -> StepResult | None:
         """Losses, seeds and projected gradients of the last step; None before the first."""
+        self._settle()
         return self._last
 
     @property
     def projected_gradients(self) -> tuple[tuple[float, ...], ...]:
         """``[groups][directions]`` of the last step, before clipping; empty before the first."""
-        return self._last.projected_gradients if self._last is not None else ()
+        return self.last.projected_gradients if self.last is not None else ()
 
     @property
     def journal(self) -> Trajectory | None:
@@ -236,6 +258,7 @@ class MeZO(torch.optim.Optimizer):
 
     @journal.setter
     def journal(self, journal: Trajectory | None) -> None:
+        self._settle()
         if journal is not None:
             journal.begin(self._groups, distribution=self.distribution, rounding=self.rounding)
         self._journal = journal
@@ -267,6 +290,7 @@ class MeZO(torch.optim.Optimizer):
 
     def _bind(self) -> None:
         """Bind the parameters that require a gradient now."""
+        self._settle()  # what is pending was made with the groups of its time
         flags = self._requires_grad()
         names = [
             [n for n, moves in zip(group["param_names"], row, strict=True) if moves]
@@ -355,48 +379,163 @@ class MeZO(torch.optim.Optimizer):
         functions, sequential = self._functions(batch, loss_fn, closure)
         if self._requires_grad() != self._flags:
             self._bind()
+        self._settle(wait=False)
         journal = self._journal
-        if journal is not None and journal.next_step > self._step:
+        # Pending steps are this optimizer's own, and asking the journal would wait for them.
+        if journal is not None and not self._pending and journal.next_step > self._step:
             raise TrajectoryError(
                 f"the journal already has steps up to {journal.next_step - 1}, and this is step "
                 f"{self._step}: journal.truncate({self._step}) drops those from here on"
             )
 
-        seeds = self._seeds(self._step)
-        losses = self._reduce_losses(self._evaluate(functions, seeds, sequential))
-        values = tuple(losses.tolist())
-        gradients = self._project(values)
-        past = _Past(self._step, seeds, tuple(tuple(map(self._clipped, row)) for row in gradients))
+        seeds, rates = self._seeds(self._step), self._rates()
+        if self._stays_on_device():
+            inputs = self._inputs(seeds, rates)
+            keys = inputs.seeds[inputs.seeds.numel() - len(seeds) :]
+            losses = self._reduce_losses(self._evaluate(functions, keys, sequential))
+            gradients = self._update_on_device(losses, inputs, rates)
+            self._pending.append(_Pending(self._step, seeds, rates, Fetch(losses), gradients))
+            if journal is not None:
+                journal.pending = self._settle
+        else:
+            self._settle()
+            losses = self._reduce_losses(self._evaluate(functions, seeds, sequential))
+            self._conclude(self._step, seeds, rates, tuple(losses.tolist()), made=False)
+        self._step += 1
+        return losses.mean()
+
+    def _conclude(
+        self,
+        step: int,
+        seeds: tuple[int, ...],
+        rates: tuple[Rates, ...],
+        values: tuple[float, ...],
+        *,
+        made: bool,
+    ) -> None:
+        """From the losses of a step: its update, unless the device made it, and what is kept."""
+        gradients = self._project(values, rates)
+        past = _Past(step, seeds, tuple(tuple(map(self._clipped, row)) for row in gradients))
         finite = all(map(math.isfinite, values)) and all(
             math.isfinite(g) for row in gradients for g in row
         )
-        terms, coeffs, decay = self._terms(past) if finite else ((), (), ())
+        terms, coeffs, decay = self._terms(past, rates) if finite else ((), (), ())
         finite = finite and all(math.isfinite(c) for row in coeffs for c in row)
         if not finite:
             message = (
-                f"step {self._step}: losses {list(values)}, projected gradients "
+                f"step {step}: losses {list(values)}, projected gradients "
                 f"{[list(row) for row in gradients]}: not finite, or the update is beyond float32"
             )
             if self.nonfinite == "raise":
                 raise NonFiniteLossError(message)
             if not self._warned:
                 # Past torch's two wrappers of step, to the caller.
-                warnings.warn(f"{message}; such steps are skipped", stacklevel=4)
+                warnings.warn(f"{message}; such steps are skipped", stacklevel=5)
                 self._warned = True
-            terms, coeffs, decay = (), ((),) * len(self.param_groups), ()
+            terms, coeffs, decay = (), ((),) * len(rates), ()
 
-        keeps = any(group["momentum"] for group in self.param_groups)
+        keeps = any(rate.momentum for rate in rates)
         meta: dict[str, Any] = {"loss": math.fsum(values) / len(values) if finite else None}
         if keeps and finite:
             meta["gradients"] = [list(row) for row in past.gradients]
-        self._update(terms, coeffs, decay, meta)
+        self._update(step, terms, coeffs, decay, meta, made=made)
         if finite:
             self._window = self._recent(past) if keeps else ()
         else:
             self._skipped += 1
-        self._last = StepResult(self._step, seeds, values, gradients, not finite)
-        self._step += 1
-        return losses.mean()
+        self._last = StepResult(step, seeds, values, gradients, not finite)
+
+    # --- a step that stays on the device ----------------------------------------------------------
+
+    def _stays_on_device(self) -> bool:
+        """Whether the numbers of a step need not come to the host before the update."""
+        bound = self._bound
+        return (
+            isinstance(bound, Binding)
+            and self.nonfinite == "skip"
+            and all(p.device.type == "cuda" and p.masked is None for p in bound.params)
+            and len({p.device for p in bound.params}) == 1
+            and _registry.serving("update_", "cuda") != "reference"
+        )
+
+    def _inputs(self, seeds: tuple[int, ...], rates: tuple[Rates, ...]) -> Inputs:
+        """What the device needs for this step, on its way there."""
+        assert self._bound is not None
+        device = self._bound.params[0].device
+        keeps = any(rate.momentum for rate in rates)
+        first = self._step - self.momentum_window + 1
+        settled = [p for p in self._window if p.step >= first] if keeps else []
+        flying = [p for p in self._pending if p.step >= first] if keeps else []
+        before = [(p.step, p.seeds) for p in settled] + [(p.step, p.seeds) for p in flying]
+        weights, decay = [], []
+        for rate in rates:
+            row = self._weights([(at, len(s)) for at, s in before], len(seeds), rate)
+            weights.append(row)
+            decay.append(self._decay(rate, len(row)))
+        groups = len(rates)
+        earlier = [
+            deferred.table(
+                [
+                    p.gradients[i] if i < len(p.gradients) else [0.0] * len(p.seeds)
+                    for i in range(groups)
+                ],
+                torch.float64,
+                device,
+            )
+            for p in settled
+        ] + [p.gradients for p in flying]
+        nothing = torch.empty((groups, 0), dtype=torch.float64, device=device)
+        keys = [s for _, own in before for s in own] + list(seeds)
+        return Inputs(
+            seeds=placed(torch.tensor(keys, dtype=torch.int64), device),
+            eps=deferred.table([[rate.eps] for rate in rates], torch.float64, device),
+            weights=deferred.table(weights, torch.float64, device),
+            decay=deferred.table(decay, torch.float32, device),
+            past=torch.cat([nothing, *earlier], dim=1),
+        )
+
+    def _update_on_device(self, losses: Tensor, inputs: Inputs, rates: tuple[Rates, ...]) -> Tensor:
+        """Make the update of these losses; the projected gradients, for later steps."""
+        central = self.estimator == "central"
+        coeffs, decay, gradients = deferred.coefficients(
+            losses, inputs, central=central, clip=self.clip
+        )
+        count = inputs.seeds.numel()
+        ends = [k == count - 1 for k in range(count)]
+        for index, (members, rate) in enumerate(zip(self._groups, rates, strict=True)):
+            decays = fp32([1.0 - rate.lr * rate.weight_decay])[0] != 1.0
+            if members and (rate.lr or decays):
+                _targets.update_(
+                    members,
+                    inputs.seeds,
+                    coeffs[index],
+                    decay[index] if decays else None,
+                    ends,
+                    self.distribution,
+                    self.rounding,
+                )
+        return gradients
+
+    def _settle(self, *, wait: bool = True) -> None:
+        """Write down the steps whose losses have arrived, or all of them."""
+        if self._settling or not self.__dict__.get("_pending"):
+            return
+        self._settling = True
+        try:
+            while self._pending and (wait or self._pending[0].losses.ready):
+                p = self._pending[0]
+                self._conclude(p.step, p.seeds, p.rates, p.losses.get(), made=True)
+                del self._pending[0]
+        finally:
+            self._settling = False
+        if not self._pending and self._journal is not None:
+            self._journal.pending = None
+
+    def _rates(self) -> tuple[Rates, ...]:
+        return tuple(
+            Rates(*(float(g[k]) for k in ("lr", "eps", "weight_decay", "momentum")))
+            for g in self.param_groups
+        )
 
     def _seeds(self, step: int) -> tuple[int, ...]:
         return tuple(derive_seed(self.seed, step, k) for k in range(self.num_directions))
@@ -436,7 +575,7 @@ class MeZO(torch.optim.Optimizer):
     def _evaluate(
         self,
         functions: Sequence[Callable[[], Tensor]],
-        seeds: tuple[int, ...],
+        seeds: tuple[int, ...] | Tensor,
         sequential: bool | None,
     ) -> Tensor:
         """Losses of all branches, meaned over the functions: float32 ``[G]``."""
@@ -460,7 +599,11 @@ class MeZO(torch.optim.Optimizer):
             part = rows[start : start + width]
             # Only the directions of these branches are drawn.
             used = [k for k in range(count) if any(row[k] for row in part)] or [0]
-            keys = [seeds[k] for k in used]
+            keys = (
+                torch.stack([seeds[k] for k in used])
+                if isinstance(seeds, Tensor)
+                else [seeds[k] for k in used]
+            )
             table = [[row[k] for k in used] for row in part]
             total: Tensor | None = None
             for function in functions:
@@ -473,7 +616,7 @@ class MeZO(torch.optim.Optimizer):
     def _losses(
         self,
         function: Callable[[], Tensor],
-        seeds: list[int],
+        seeds: list[int] | Tensor,
         coeffs: list[list[float]],
         scale: Mapping[str, float],
         sequential: bool | None,
@@ -493,7 +636,7 @@ class MeZO(torch.optim.Optimizer):
         assert bound is not None
         bound.check()
         rewind = _random_state(bound)
-        keys = torch.tensor(seeds, dtype=torch.int64)
+        keys = seeds if isinstance(seeds, Tensor) else torch.tensor(seeds, dtype=torch.int64)
         table = torch.tensor(coeffs, dtype=torch.float32)
         outputs = []
         for row in table:
@@ -511,13 +654,15 @@ class MeZO(torch.optim.Optimizer):
             for p in members:
                 yield p, group
 
-    def _project(self, losses: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    def _project(
+        self, losses: Sequence[float], rates: tuple[Rates, ...]
+    ) -> tuple[tuple[float, ...], ...]:
         """Projected gradients ``[groups][directions]``."""
         if self.estimator == "central":
             differences = [(p - m) / 2 for p, m in zip(losses[::2], losses[1::2], strict=True)]
         else:
             differences = [moved - losses[0] for moved in losses[1:]]
-        return tuple(tuple(d / float(g["eps"]) for d in differences) for g in self.param_groups)
+        return tuple(tuple(d / rate.eps for d in differences) for rate in rates)
 
     def _clipped(self, gradient: float) -> float:
         return gradient if self.clip is None else max(-self.clip, min(self.clip, gradient))
@@ -528,41 +673,63 @@ class MeZO(torch.optim.Optimizer):
         return (*(past for past in self._window if past.step >= first), now)
 
     def _terms(
-        self, now: _Past
+        self, now: _Past, rates: tuple[Rates, ...]
     ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
         """Seeds ``[K]``, coefficients and decay ``[groups][K]`` of the update.
 
         The newest direction comes last: its seed, fresh in every step, keys the rounding.
         """
-        keeps = any(group["momentum"] for group in self.param_groups)
+        keeps = any(rate.momentum for rate in rates)
         window = self._recent(now) if keeps else (now,)
+        before = [(past.step, len(past.seeds)) for past in window[:-1]]
         coeffs, decay = [], []
-        for index, group in enumerate(self.param_groups):
-            lr, mu = float(group["lr"]), float(group["momentum"])
+        for index, rate in enumerate(rates):
+            weights = self._weights(before, len(now.seeds), rate, now.step)
             row: list[float] = []
             for past in window:
                 # A group added later has no part in earlier steps.
                 known = index < len(past.gradients)
-                gradients = past.gradients[index] if known else (0.0,) * len(past.seeds)
-                weight = -lr * mu ** (now.step - past.step) / len(past.seeds)
-                row += (weight * g for g in gradients)
-            coeffs.append(fp32(row))
-            decay.append(fp32([1.0 - lr * float(group["weight_decay"]), *[1.0] * (len(row) - 1)]))
+                row += past.gradients[index] if known else (0.0,) * len(past.seeds)
+            coeffs.append(fp32(w * g for w, g in zip(weights, row, strict=True)))
+            decay.append(self._decay(rate, len(row)))
         return (tuple(s for past in window for s in past.seeds), tuple(coeffs), tuple(decay))
+
+    def _weights(
+        self,
+        before: Sequence[tuple[int, int]],
+        directions: int,
+        rate: Rates,
+        step: int | None = None,
+    ) -> list[float]:
+        """What the projected gradients of earlier ``(step, directions)`` and of this step count."""
+        now = self._step if step is None else step
+        return [
+            -rate.lr * rate.momentum ** (now - at) / count
+            for at, count in (*before, (now, directions))
+            for _ in range(count)
+        ]
+
+    def _decay(self, rate: Rates, terms: int) -> tuple[float, ...]:
+        return fp32([1.0 - rate.lr * rate.weight_decay, *[1.0] * (terms - 1)])
 
     def _update(
         self,
+        step: int,
         seeds: tuple[int, ...],
         coeffs: tuple[tuple[float, ...], ...],
         decay: tuple[tuple[float, ...], ...],
         meta: Mapping[str, Any],
+        *,
+        made: bool,
     ) -> None:
-        """Journal the update, then make it."""
+        """Journal the update, then make it, unless it is made."""
         journal = self._journal
         if journal is not None:
             if self._announced is not self._groups:
                 self.journal = journal
-            journal.append(self._step, seeds, coeffs, decay=decay, meta=meta)
+            journal.append(step, seeds, coeffs, decay=decay, meta=meta)
+        if made:
+            return
         ends = [k == len(seeds) - 1 for k in range(len(seeds))]
         try:
             for index, members in enumerate(self._groups):
@@ -592,6 +759,7 @@ class MeZO(torch.optim.Optimizer):
         bit. Under a mask, also its fingerprint and, for bfloat16 and float16, the float32 values of
         the masked elements (tensors).
         """
+        self._settle()
         handle = self.register_state_dict_post_hook(_add_state, prepend=True)
         try:
             return super().state_dict()
@@ -606,6 +774,7 @@ class MeZO(torch.optim.Optimizer):
                 message names the first. Nothing is changed.
             UnknownVersionError: a format or noise contract version this package does not know.
         """
+        self._settle()
         handle = self.register_load_state_dict_pre_hook(_accept_state)
         try:
             super().load_state_dict(state_dict)
@@ -666,6 +835,7 @@ class MeZO(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # The binding is made again: it belongs to this model object.
+        self._settle()
         kept = {name: self.__dict__[name] for name in _KEPT}
         return super().__getstate__() | kept | {"_incoming": {"_shadow": self._shadows()}}
 
@@ -674,6 +844,7 @@ class MeZO(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_given", None)
         self.__dict__.setdefault("_mask", None)
+        self._pending, self._settling = [], False
         incoming = dict(self.__dict__.get("_incoming") or {})
         shadow: Mapping[str, Tensor] = incoming.pop("_shadow", {})
         for name, value in incoming.items():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zokernels.deferred import placed
 from zokernels.noise import CONTRACT_VERSION, DISTRIBUTIONS, ROUNDINGS, matrix_shape, signed_seed
 from zokernels.reference import scatter_
 
@@ -105,11 +106,16 @@ def fp32(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(array("f", [float(v) for v in values]))
 
 
+def _on(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    held = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    return placed(held, device)
+
+
 def update_(
     params: Iterable[BoundParameter],
-    seeds: Sequence[int],
-    coeffs: Sequence[float],
-    decay: Sequence[float] | None,
+    seeds: Sequence[int] | Tensor,
+    coeffs: Sequence[float] | Tensor,
+    decay: Sequence[float] | Tensor | None,
     ends: Sequence[bool],
     distribution: str,
     rounding: str,
@@ -120,7 +126,8 @@ def update_(
         params: parameters that get the same terms.
         seeds: K signed 64-bit seeds.
         coeffs: K coefficients, rounded to float32.
-        decay: K factors applied to the weight before each term, or None for 1.
+        decay: K factors applied to the weight before each term, or None for 1. These three may be
+            tensors on the device, so that nothing waits for it.
         ends: K flags: round to the parameter's dtype after this term. The last must be True. Of no
             consequence for masked parameters, which are trained in float32.
         distribution: ``"gaussian"`` or ``"rademacher"``.
@@ -133,11 +140,9 @@ def update_(
         for (device, sparse), members in alike.items():
             tensors = [p.tensor for p in members]
             ids = [p.id for p in members]
-            keys = torch.tensor(seeds, dtype=torch.int64, device=device)
-            values = torch.tensor(coeffs, dtype=torch.float32, device=device)
-            factors = (
-                None if decay is None else torch.tensor(decay, device=device, dtype=torch.float32)
-            )
+            keys = _on(seeds, torch.int64, device)
+            values = _on(coeffs, torch.float32, device)
+            factors = None if decay is None else _on(decay, torch.float32, device)
             if sparse:
                 masked = [p.masked for p in members if p.masked is not None]
                 torch.ops.zokernels.sparse_update_(
@@ -156,7 +161,7 @@ def update_(
                 keys,
                 values,
                 factors,
-                torch.tensor(ends, dtype=torch.bool, device=device),
+                None if all(ends) else _on(ends, torch.bool, device),
                 ids,
                 [],
                 [],

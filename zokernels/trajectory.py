@@ -31,7 +31,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -174,7 +174,9 @@ class Trajectory:
         self.distribution: str | None = None
         self.rounding: str | None = None
         self.layouts: list[Layout] = []
-        self.steps: list[Step] = []
+        self._steps: list[Step] = []
+        # Of an optimizer whose last steps are still on the device: makes it append them.
+        self.pending: Callable[[], None] | None = None
         self.path: Path | None = None
         self._file: FileIO | None = None
         self._sync = False
@@ -257,7 +259,7 @@ class Trajectory:
         mark = self._tail
         self._write(_STEP_RECORD, _encode_step(record))
         self._marks.append(mark)
-        self.steps.append(record)
+        self._steps.append(record)
         return record
 
     def undo(self) -> None:
@@ -285,6 +287,17 @@ class Trajectory:
         del self.layouts[self.steps[keep].layout + 1 :]
         del self.steps[keep:]
         del self._marks[keep:]
+
+    @property
+    def steps(self) -> list[Step]:
+        """The records."""
+        if self.pending is not None:
+            self.pending()
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: list[Step]) -> None:
+        self._steps = steps
 
     # --- the list of steps ------------------------------------------------------------------------
 
@@ -506,6 +519,8 @@ class Trajectory:
 
     def close(self) -> None:
         """Close the journal's file; the trajectory stays usable in memory."""
+        if self.pending is not None:
+            self.pending()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -523,7 +538,7 @@ class Trajectory:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy lives in memory: two writers of one file would destroy it.
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_steps": self.steps, "_file": None, "pending": None}
 
     # --- inside -----------------------------------------------------------------------------------
 

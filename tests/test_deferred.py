@@ -1,0 +1,239 @@
+"""Steps whose numbers stay on the device: the same run, bit for bit, and nothing waits for it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import model_zoo as mz
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zokernels as zo
+from zokernels import deferred
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Make optimizers keep their numbers on the (CPU) device; losses arrive only when asked for."""
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(zo.MeZO, "_stays_on_device", lambda self: on)
+        monkeypatch.setattr(deferred.Fetch, "ready", property(lambda self: False))
+
+    return switch
+
+
+class Toy(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.last = nn.Linear(5, 1)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def loss_fn(net: nn.Module, batch: tuple[Tensor, float]) -> Tensor:
+    x, spoil = batch
+    return net(x).float().square().mean() * spoil
+
+
+def batches(dtype: torch.dtype, steps: int, bad: tuple[int, ...]) -> list[tuple[Tensor, float]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(4, 6, generator=generator).to(dtype), float("nan") if i in bad else 1.0)
+        for i in range(steps)
+    ]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "directions": {"num_directions": 3, "distribution": "rademacher"},
+    "forward": {"estimator": "forward", "num_directions": 2, "weight_decay": 0.1},
+    "momentum": {"momentum": 0.9, "momentum_window": 3, "num_directions": 2},
+    "clip": {"clip": 0.05, "momentum": 0.5, "momentum_window": 2, "weight_decay": 0.01},
+    "beyond float32": {"lr": 1e38, "eps": 1e-6},
+    "in parts": {"num_directions": 2, "max_branches": 3},
+}
+
+
+def run(case: str, dtype: torch.dtype, bad: tuple[int, ...] = (2, 3)) -> dict[str, Any]:
+    net = Toy(dtype)
+    journal = zo.Trajectory()
+    options = {"lr": 1e-2, "eps": 1e-2, "seed": 7, **CASES[case]}
+    opt = zo.MeZO(net, journal=journal, **options)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        returned = []
+        for batch in batches(dtype, 7, bad):
+            returned.append(opt.step(batch, loss_fn))
+            schedule.step()
+        return {
+            "weights": {n: p.detach().clone() for n, p in net.named_parameters()},
+            "returned": torch.stack(returned),
+            "last": repr(opt.last),
+            "skipped": opt.skipped,
+            "state": repr(opt.state_dict()),
+            "journal": [repr(step) for step in journal],
+            "trajectory": journal,
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_run_bit_for_bit(
+    on_device: Callable[[bool], None], case: str, dtype: torch.dtype
+) -> None:
+    on_device(False)
+    host = run(case, dtype)
+    on_device(True)
+    device = run(case, dtype)
+    assert host["skipped"] >= 2
+    for what in ("last", "skipped", "state", "journal"):
+        assert device[what] == host[what], what
+    torch.testing.assert_close(device["returned"], host["returned"], rtol=0, atol=0, equal_nan=True)
+    for name, weight in host["weights"].items():
+        assert torch.equal(device["weights"][name], weight), name
+    fresh = Toy(dtype)
+    device["trajectory"].replay_(fresh)
+    for name, p in fresh.named_parameters():
+        assert torch.equal(p, host["weights"][name]), name
+
+
+def test_groups_and_a_group_added_later(on_device: Callable[[bool], None]) -> None:
+    def go() -> tuple[Any, ...]:
+        net = Toy(torch.bfloat16)
+        named = dict(net.named_parameters())
+        groups = [
+            {"params": [("first.weight", named["first.weight"])], "lr": 1e-2, "weight_decay": 0.5},
+            {"params": [("norm.weight", named["norm.weight"])], "eps": 5e-3, "lr": 0.0},
+        ]
+        journal = zo.Trajectory()
+        opt = zo.MeZO(
+            groups, model=net, lr=1e-3, eps=1e-2, momentum=0.9, momentum_window=4, journal=journal
+        )
+        data = batches(torch.bfloat16, 6, (1,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for batch in data[:3]:
+                opt.step(batch, loss_fn)
+            opt.add_param_group({"params": [("last.weight", named["last.weight"])], "lr": 2e-2})
+            for batch in data[3:]:
+                opt.step(batch, loss_fn)
+        return [p.detach().clone() for p in net.parameters()], [repr(s) for s in journal], opt.last
+
+    on_device(False)
+    weights, journal, last = go()
+    on_device(True)
+    others = go()
+    assert others[1:] == (journal, last)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others[0], strict=True))
+
+
+def test_what_is_pending_is_there_when_it_is_asked_for(
+    on_device: Callable[[bool], None], tmp_path: Path
+) -> None:
+    on_device(True)
+    net, data = Toy(torch.float32), batches(torch.float32, 4, (3,))
+    path = tmp_path / "run.zo"
+    with zo.Trajectory.open(path) as journal:
+        opt = zo.MeZO(net, lr=1e-2, eps=1e-2, journal=journal)
+        for batch in data[:3]:
+            opt.step(batch, loss_fn)
+        assert len(opt._pending) == 3
+        assert len(pickle.loads(pickle.dumps(journal))) == 3  # a copy has what is pending
+        assert not opt._pending and journal.pending is None
+        with pytest.warns(UserWarning, match="step 3: losses .*not finite"):
+            opt.step(data[3], loss_fn)
+            assert opt.num_steps == 4  # does not wait
+            assert opt.skipped == 1  # does
+        opt.step(data[0], loss_fn)
+        assert len(opt._pending) == 1
+    assert len(zo.Trajectory.load(path)) == 5  # closing wrote it
+    assert copy.deepcopy(opt).last == opt.last
+
+
+def test_losses_that_have_arrived_are_written_down(
+    on_device: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_device(True)
+    monkeypatch.setattr(deferred.Fetch, "ready", property(lambda self: True))
+    opt = zo.MeZO(Toy(torch.float32), lr=1e-2, eps=1e-2)
+    for batch in batches(torch.float32, 5, ()):
+        opt.step(batch, loss_fn)
+        assert len(opt._pending) == 1
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operators that read a value back to the host."""
+
+    READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.split("::")[1]
+        if any(name == read or name.startswith("_" + read) for read in self.READS):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class NoReading(TorchFunctionMode):
+    """Refuses Python's ways to a value."""
+
+    READS = tuple(
+        getattr(Tensor, name)
+        for name in "item tolist numpy cpu __bool__ __float__ __int__ __index__ __array__".split()
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.READS:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["opt", "roberta"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_step_does_not_wait(
+    on_device: Callable[[bool], None], kind: str, momentum: float
+) -> None:
+    on_device(True)
+    model, batch = mz.build(kind), mz.lm_batch()
+    batch.pop("attention_mask", None)  # transformers looks at a mask's values
+    opt = zo.MeZO(
+        model, lr=1e-3, eps=1e-3, num_directions=2, clip=1.0, momentum=momentum, momentum_window=2
+    )
+    opt.step(batch)  # the first one compares stacked and single evaluations
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with NoWaiting(), NoReading():
+        for _ in range(3):
+            opt.step(batch)
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert opt.skipped == 0 and opt.num_steps == 4
+
+
+def test_the_modes_notice_what_waits() -> None:
+    value = torch.ones(())
+    with NoWaiting(), pytest.raises(AssertionError, match="waits"):
+        value.item()
+    with NoReading(), pytest.raises(AssertionError, match="waits"):
+        value.tolist()
+    opt = zo.MeZO(Toy(torch.float32), lr=1e-2, eps=1e-2)
+    (batch,) = batches(torch.float32, 1, ())
+    opt.step(batch, loss_fn)
+    with NoWaiting(), NoReading(), pytest.raises(AssertionError, match="waits"):
+        opt.step(batch, loss_fn)  # on the CPU a step reads its losses
