@@ -42,7 +42,7 @@ DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 # Rows of a tile of displace, update_ and project.
 _ROWS = 8
 # project: programs that keep partial sums, and seeds of a program.
-_PROGRAMS, _SEEDS = 4096, 4
+_PROGRAMS, _SEEDS = 4096, 2
 # Bytes of logits of one chunk of the vocabulary.
 _LOGITS = 64 << 20
 
@@ -247,9 +247,11 @@ def embedding(
 class _Group:
     """Tensors of one dtype and layout class, as one launch takes them."""
 
-    def __init__(self, members: Sequence[tuple[Tensor, int, int, int]], dense: bool) -> None:
+    def __init__(
+        self, members: Sequence[tuple[Tensor, int, int, int, int]], dense: bool, tile_rows: int
+    ) -> None:
         entries, counts, first = [], [], 0
-        for tensor, param_id, row0, col0 in members:
+        for tensor, param_id, row0, col0, start in members:
             rows, cols = tensor.shape
             pairs = _cdiv(col0 % 512 + cols, 512)
             stride_r, stride_c = tensor.stride()
@@ -266,9 +268,10 @@ class _Group:
                     col0 % 512,
                     pairs,
                     first,
+                    start,
                 )
             )
-            counts.append(_cdiv(rows, _ROWS) * pairs)
+            counts.append(_cdiv(rows, tile_rows) * pairs)
             first += counts[-1]
         device = members[0][0].device
         self.tiles = first
@@ -308,8 +311,11 @@ def _grouped(
     param_ids: Sequence[int],
     row_offsets: Sequence[int],
     col_offsets: Sequence[int],
+    *,
+    tile_rows: int = _ROWS,
 ) -> list[_Group]:
     key = (
+        tile_rows,
         tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in matrices),
         tuple(param_ids),
         tuple(row_offsets),
@@ -318,14 +324,16 @@ def _grouped(
     )
     found = _groups.get(key)
     if found is None:
-        classes: dict[tuple[torch.dtype, bool], list[tuple[Tensor, int, int, int]]] = {}
+        classes: dict[tuple[torch.dtype, bool], list[tuple[Tensor, int, int, int, int]]] = {}
+        start = 0
         for i, matrix in enumerate(matrices):
             if matrix.numel():
                 col0 = col_offsets[i] if col_offsets else 0
                 row0 = row_offsets[i] if row_offsets else 0
-                kind = matrix.dtype, _dense(matrix, col0)
-                classes.setdefault(kind, []).append((matrix, param_ids[i], row0, col0))
-        found = [_Group(members, dense) for (_, dense), members in classes.items()]
+                kind = matrix.dtype, _dense(matrix, col0) and tile_rows > 1
+                classes.setdefault(kind, []).append((matrix, param_ids[i], row0, col0, start))
+                start += matrix.numel()
+        found = [_Group(members, dense, tile_rows) for (_, dense), members in classes.items()]
         for group in found:
             group.like = group.like.new_empty(0)  # the table must not keep weights alive
         while len(_groups) >= _KEPT:
@@ -378,11 +386,43 @@ def update_(
                 DECAY=decay is not None,
                 ENDS=ends is not None,
                 DENSE=group.dense,
+                warps=8 if distribution == "gaussian" else 4,
             )
     with torch.no_grad():
         for p, matrix in copies:
             p.copy_(matrix.view(p.shape))
     _written(params)
+
+
+def displace_vectors(
+    vectors: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_ids: list[int],
+    distribution: str,
+) -> Tensor:
+    _here(vectors[0])
+    branches, terms = coeffs.shape
+    total = branches * sum(v.numel() for v in vectors)
+    out = torch.empty(total, dtype=torch.float32, device=seeds.device)
+    rows = [v.detach()[None] for v in vectors]
+    with device_guard(out):
+        for group in _grouped(rows, param_ids, [], [], tile_rows=1):
+            launch(
+                _update.vectors_kernel,
+                (group.tiles, branches),
+                out,
+                group.table,
+                group.owners,
+                group.like,
+                seeds.contiguous(),
+                coeffs.contiguous(),
+                branches,
+                terms,
+                GAUSSIAN=distribution == "gaussian",
+                warps=2,
+            )
+    return out
 
 
 def project(
@@ -421,6 +461,7 @@ def project(
                 SEEDS=min(_SEEDS, _power(terms)),
                 GAUSSIAN=distribution == "gaussian",
                 DENSE=group.dense,
+                warps=8,
             )
             start += count
         launch(_update.project_sum_kernel, (terms,), out, partial, start, terms, BLOCK=1024)
@@ -461,6 +502,13 @@ def _first_that_launches(what: str, choices: Sequence[Tiles], run: Callable[[Til
                 "displaced tiles and the vendor's product" if last else str(choices[i + 1]),
             )
     return False
+
+
+def _choices(chosen: Plan, w: Tensor, transposed: bool) -> list[Tiles]:
+    """Tiles to try. The interpreter pays for every operation, not for its size: one large tile."""
+    if INTERPRETED:
+        return [Tiles(64 if transposed else 128, max(chosen.tiles.rows, 64), 64, 4, 1)]
+    return fused_tiles(chosen.tiles.rows, w.element_size(), transposed)
 
 
 def _plan(
@@ -514,7 +562,7 @@ def _fused(
     skip = col_offset % 256
     columns = fan_out if transposed else fan_in
     groups = _cdiv(skip + columns, 256)
-    steps = _cdiv(fan_in, tiles.columns) if transposed else groups
+    steps = _cdiv(fan_in, tiles.columns) if transposed else groups * (64 // tiles.columns)
     run = _cdiv(steps, splits)
     splits = _cdiv(steps, run)
     target = y
@@ -551,7 +599,7 @@ def _fused(
                 _linear.linear_kernel,
                 (_cdiv(fan_out, tiles.outputs), _cdiv(rows, tiles.rows), splits),
                 *(target, x, w, y if bias is None else bias, seeds, seeds, coeffs),
-                *(rows, tokens, fan_in, fan_out, branches, terms, groups),
+                *(rows, tokens, fan_in, fan_out, branches, terms, steps),
                 *place,
                 run,
                 x.stride(0),
@@ -639,7 +687,7 @@ def linear(
         chosen = _plan(x, w, coeffs, tokens, shared, transposed, distribution)
         done = False
         if chosen.fused and seeds.numel() and fan_in:
-            choices = fused_tiles(chosen.tiles.rows, w.element_size(), transposed)
+            choices = _choices(chosen, w, transposed)
             done = _first_that_launches(
                 "linear", choices, lambda tiles: _fused(y, *rest, tiles, chosen.splits)
             )
@@ -683,7 +731,7 @@ def linear_cross_entropy(
         statistics: list[Tensor] = []
         done = False
         if chosen.fused and seeds.numel() and hidden and vocab:
-            choices = fused_tiles(chosen.tiles.rows, w.element_size(), False)
+            choices = _choices(chosen, w, False)
             done = _first_that_launches(
                 "linear_cross_entropy",
                 choices,
@@ -729,14 +777,14 @@ def _fused_statistics(
     pieces = _cdiv(vocab, tiles.outputs)
     found = torch.empty((3, pieces, branches * tokens), dtype=torch.float32, device=w.device)
     skip = col_offset % 256
-    groups = _cdiv(skip + w.shape[1], 256)
+    steps = _cdiv(skip + w.shape[1], 256) * (64 // tiles.columns)
     with device_guard(w):
         launch(
             _linear.linear_kernel,
             (pieces, _cdiv(rows, tiles.rows), 1),
             *(found, x, w, found if bias is None else bias, targets, seeds, coeffs),
-            *(rows, tokens, w.shape[1], vocab, branches, terms, groups),
-            *(col_offset // 256, skip, row_offset, signed32(param_id), groups, x.stride(0)),
+            *(rows, tokens, w.shape[1], vocab, branches, terms, steps),
+            *(col_offset // 256, skip, row_offset, signed32(param_id), steps, x.stride(0)),
             *w.stride(),
             OUT=tiles.outputs,
             TOKENS=tiles.rows,
@@ -820,6 +868,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "sample": sample,
     "displace": displace,
     "displace_": displace_,
+    "displace_vectors": displace_vectors,
     "update_": update_,
     "project": project,
     "linear": linear,

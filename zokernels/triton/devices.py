@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ def _overridden(found: Architecture) -> Architecture:
         except ValueError:
             raise ValueError(f"ZOKERNELS_GPU: {key} must be a number; got {value!r}") from None
         whole = "int" in str(kinds[key])
-        found = dataclasses.replace(found, **{key: int(number) if whole else number})
+        changed: dict[str, Any] = {key: int(number) if whole else number}
+        found = dataclasses.replace(found, **changed)
     return found
 
 

@@ -15,11 +15,11 @@ several terms, ``x`` is scaled by ``coeffs[g(m), k] / max |coeffs|`` before it m
 ``noise`` by the maximum at the end.
 
 Program -> tile (``linear_kernel``): axis 0 an output tile of OUT weight rows, axis 1 a tile of
-TOKENS stacked rows, axis 2 a run of groups of 256 columns (split K, where there are too few output
-tiles to fill the GPU; partial sums are added in order by ``reduce_kernel``). The weight is the left
-operand, so that a warp owns rows of it and no two warps draw the same noise. Inside a group the
-columns go in four sub-tiles of 64 which one Philox call a counter serves: the K dimension of the
-products needs no re-layout.
+TOKENS stacked rows, axis 2 a run of steps along the columns (split K, where there are too few
+output tiles to fill the GPU; partial sums are added in order by ``reduce_kernel``). The weight is
+the left operand, so that a warp owns rows of it and no two warps draw the same noise. A step takes
+COLUMNS of the 64 counters of a group of 256 columns, that is four sub-tiles of COLUMNS columns, 64
+apart, from one Philox call a counter: the K dimension of the products needs no re-layout.
 
 ``conv1d_kernel`` is the same for a weight stored ``[in, out]`` (GPT-2): the sub-tiles lie along the
 outputs, each with accumulators of its own.
@@ -79,12 +79,12 @@ def linear_kernel(
     fan_out,
     branches,
     terms,
-    groups,
+    steps,  # of COLUMNS counters: 64 / COLUMNS a group
     group0,
     skip,
     row0,
     param_id,
-    run,  # groups a program
+    run,  # steps a program
     x_m,
     w_r,
     w_c,
@@ -114,38 +114,38 @@ def linear_kernel(
     inverse = 1.0
     if COEFFS > 0:
         top, inverse = _largest(coeffs, branches, terms, COEFFS)
-    for group in range(split * run, tl.minimum(split * run + run, groups)):
+    for step in range(split * run, tl.minimum(split * run + run, steps)):
+        group = step // (64 // COLUMNS)
+        c = (step % (64 // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
         counter = number(group0 + group, tl.uint32)
         first = number(group, tl.int64) * 256 - skip
-        for part in tl.static_range(64 // COLUMNS):
-            c = part * COLUMNS + tl.arange(0, COLUMNS)
+        if COEFFS == 0:
+            z = direction(row, c[None, :].to(tl.uint32), counter, param, k0, k1, GAUSSIAN)
+        for j in tl.static_range(4):
+            k = first + 64 * j + c
+            inside = (k >= 0) & (k < fan_in)
+            wj = tl.load(
+                w + n * w_r + k[None, :] * w_c,
+                mask=inside[None, :] & (n < fan_out),
+                other=0.0,
+            )
+            xj = tl.load(at + k[:, None], mask=inside[:, None] & (m < rows), other=0.0)
+            xj = _operand(xj, dtype)
+            base = _multiply(_operand(wj, dtype), xj, base, PRECISION)
             if COEFFS == 0:
+                noise = _multiply(_operand(z[j], dtype), xj, noise, PRECISION)
+        if COEFFS > 0:
+            for term in range(terms):
+                k0, k1 = key_of(tl.load(seeds + term))
                 z = direction(row, c[None, :].to(tl.uint32), counter, param, k0, k1, GAUSSIAN)
-            for j in tl.static_range(4):
-                k = first + 64 * j + c
-                inside = (k >= 0) & (k < fan_in)
-                wj = tl.load(
-                    w + n * w_r + k[None, :] * w_c,
-                    mask=inside[None, :] & (n < fan_out),
-                    other=0.0,
-                )
-                xj = tl.load(at + k[:, None], mask=inside[:, None] & (m < rows), other=0.0)
-                xj = _operand(xj, dtype)
-                base = _multiply(_operand(wj, dtype), xj, base, PRECISION)
-                if COEFFS == 0:
+                place = coeffs + (m // tokens) * terms + term
+                scale = tl.load(place, mask=m < rows, other=0.0) * inverse
+                for j in tl.static_range(4):
+                    k = first + 64 * j + c
+                    inside = (k >= 0) & (k < fan_in)
+                    xj = tl.load(at + k[:, None], mask=inside[:, None] & (m < rows), other=0.0)
+                    xj = _operand(wide(xj) * scale, dtype)
                     noise = _multiply(_operand(z[j], dtype), xj, noise, PRECISION)
-            if COEFFS > 0:
-                for term in range(terms):
-                    k0, k1 = key_of(tl.load(seeds + term))
-                    z = direction(row, c[None, :].to(tl.uint32), counter, param, k0, k1, GAUSSIAN)
-                    place = coeffs + (m // tokens) * terms + term
-                    scale = tl.load(place, mask=m < rows, other=0.0) * inverse
-                    for j in tl.static_range(4):
-                        k = first + 64 * j + c
-                        inside = (k >= 0) & (k < fan_in)
-                        xj = tl.load(at + k[:, None], mask=inside[:, None] & (m < rows), other=0.0)
-                        xj = _operand(wide(xj) * scale, dtype)
-                        noise = _multiply(_operand(z[j], dtype), xj, noise, PRECISION)
 
     # One pass for stacked rows; a pass a branch where all branches share the products.
     passes = 1

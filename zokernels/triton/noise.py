@@ -186,12 +186,12 @@ def stochastic(x, bits, dtype: tl.constexpr):
     it; float16 adds 13 of them above 2**-14, and rounds down on its grid of 2**-24 below.
     """
     raw = x.to(tl.uint32, bitcast=True)
-    finite = (raw & 0x7F800000) != 0x7F800000
+    # Infinities have no low bits to carry from; a NaN's payload must not overflow.
     if dtype == tl.float32:
         return x
     elif dtype == tl.bfloat16:
         moved = tl.add(raw, bits, sanitize_overflow=False) & 0xFFFF0000
-        return tl.where(finite, moved.to(tl.float32, bitcast=True), x)
+        return tl.where(x == x, moved.to(tl.float32, bitcast=True), x)
     else:
         moved = tl.add(raw, bits >> 3, sanitize_overflow=False) & 0xFFFFE000
         size = tl.abs(x)
@@ -199,7 +199,7 @@ def stochastic(x, bits, dtype: tl.constexpr):
         grid = tl.floor(size * 16777216.0 + (bits >> 3).to(tl.float32) * 0.0001220703125)
         small = (grid * 5.9604644775390625e-08).to(tl.uint32, bitcast=True) | (raw & 0x80000000)
         moved = tl.where(size < 6.103515625e-05, small, moved)
-        y = tl.where(finite, moved.to(tl.float32, bitcast=True), x)
+        y = tl.where(x == x, moved.to(tl.float32, bitcast=True), x)
         return y.to(tl.float16).to(tl.float32)
 
 

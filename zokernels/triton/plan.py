@@ -61,24 +61,21 @@ class Plan:
 
 
 def fused_tiles(stacked: int, itemsize: int, transposed: bool) -> list[Tiles]:
-    """Tiles for a number of stacked rows, the preferred first and then ever smaller ones."""
-    rows = 16
-    while rows < min(stacked, 64 if itemsize == 2 else 32) and rows < 64:
-        rows *= 2
+    """Tiles for a number of stacked rows, the preferred first and then ever smaller ones.
+
+    Chosen by registers, spills and shared memory of the compiled kernels (README.md): sixteen
+    counters at once leave room for several blocks on a multiprocessor.
+    """
+    least = Tiles(64, 16, 16, 4, 1)
     if transposed:
-        rows = min(rows, 32)
-        found = [Tiles(64, rows, 32, 4, 3), Tiles(64, 16, 32, 4, 2), Tiles(64, 16, 16, 4, 1)]
-    elif itemsize == 4:
-        found = [Tiles(64, rows, 32, 4, 2), Tiles(64, 16, 16, 4, 2), Tiles(32, 16, 16, 4, 1)]
-    else:
-        # Twice as many outputs as rows: then a warp owns rows of the weight and no noise is shared.
-        outputs = 128 if rows == 64 else 64
-        found = [
-            Tiles(outputs, rows, 32, 4 if outputs == 64 else 8, 3),
-            Tiles(64, min(rows, 32), 32, 4, 2),
-            Tiles(64, 16, 16, 4, 1),
-        ]
-    return found
+        wide = Tiles(64, 32, 32, 8, 3) if itemsize == 2 else Tiles(64, 16, 16, 4, 2)
+        return [wide, least] if stacked > 16 else [Tiles(64, 16, 16, 4, 2), least]
+    if stacked <= 16:
+        return [Tiles(64, 16, 16, 4, 3), least]
+    if stacked <= 32 or itemsize == 4:
+        return [Tiles(64, 32, 16, 4, 3 if itemsize == 2 else 2), least]
+    # Twice as many outputs as rows: then a warp owns rows of the weight and no noise is shared.
+    return [Tiles(128, 64, 16, 8, 3), Tiles(64, 32, 16, 4, 2), least]
 
 
 def plan(

@@ -1,7 +1,8 @@
-"""Fused update and inner product over many tensors: ``update_`` and ``project``.
+"""Many tensors in one launch: ``update_``, ``project`` and ``displace_vectors``.
 
     update_:  for k in order:  w = fma(coeffs[k], z_k, w * decay[k]);  if ends[k]:  w = round(w)
     project:  out[k] = sum over tensors of <v, z_k>, products and sums in float64
+    displace_vectors:  out[g, i] = v[i] + sum_k coeffs[g, k] z_k[i], float32, vector after vector
 
 Many tensors, one launch: row ``t`` of ``table`` (int64) describes tensor ``t`` (:data:`FIELDS`) and
 ``owners[tile]`` says whose a tile is. A tile is ROWS x 512 columns, eight sub-tiles of 64, because
@@ -50,6 +51,7 @@ FIELDS = (
     "skip",
     "pairs",
     "tile0",
+    "start",  # elements of the tensors before this one
 )
 _WIDTH: tl.constexpr = tl.constexpr(len(FIELDS))
 
@@ -159,6 +161,47 @@ def update_kernel(
         at = c + 64 * j
         inside = there & (at >= 0) & (at < cols)
         tl.store(places + step * j, narrow(acc[j], dtype), mask=inside)
+
+
+@triton.jit
+def vectors_kernel(
+    out,
+    table,
+    owners,
+    like,
+    seeds,
+    coeffs,
+    branches,
+    terms,
+    GAUSSIAN: tl.constexpr,
+):
+    """One program a tile of 512 columns of a vector and a branch: they are few."""
+    dtype: tl.constexpr = like.dtype.element_ty
+    tile = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1)
+    places, step, there, c, cols, row, pair, param, _live = _place(
+        table, owners, tile, dtype, 1, False
+    )
+    start = tl.load(table + tl.load(owners + tile).to(tl.int64) * _WIDTH + 11)
+    first = out + start * branches + g.to(tl.int64) * cols
+    col = tl.arange(0, 64)[None, :].to(tl.uint32)
+    for half in tl.static_range(2):
+        acc = ()
+        for j in tl.static_range(4):
+            at = c + 64 * (4 * half + j)
+            x = tl.load(places + step * (4 * half + j), mask=there & (at < cols), other=0.0)
+            acc = acc + (wide(x),)
+        for k in range(terms):
+            k0, k1 = key_of(tl.load(seeds + k))
+            scale = tl.load(coeffs + g * terms + k)
+            z = direction(row, col, pair * 2 + half, param, k0, k1, GAUSSIAN)
+            new = ()
+            for j in tl.static_range(4):
+                new = new + (tl.fma(scale, z[j], acc[j]),)
+            acc = new
+        for j in tl.static_range(4):
+            at = c + 64 * (4 * half + j)
+            tl.store(first + at, acc[j], mask=there & (at < cols))
 
 
 @triton.jit

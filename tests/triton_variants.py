@@ -1,0 +1,230 @@
+"""Representative variants of every Triton kernel, compiled ahead of time without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zokernels.triton import displace, linear, loss, update
+from zokernels.triton.plan import fused_tiles
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# Types of the arguments that mean the same in every kernel.
+_TYPES = {
+    "seed": "*i64",
+    "seeds": "*i64",
+    "coeffs": "*fp32",
+    "decay": "*fp32",
+    "ends": "*i8",
+    "ids": "*i64",
+    "targets": "*i64",
+    "flag": "*i64",
+    "table": "*i64",
+    "owners": "*i32",
+    "statistics": "*fp32",
+    "losses": "*fp32",
+    "bias": "*fp32",
+}
+_ALIGNED = {"x_m", "w_r", "out_g", "out_r", "fan_in", "fan_out", "cols", "skip", "stride"}
+_UNIT = {"w_c", "out_c"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its constants, the types of its data and its launch options."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, str]
+    warps: int = 4
+    stages: int = 1
+    logarithms: int = 0  # besides those of the noise
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ``cuobjdump`` says of a compiled kernel."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: list[str]
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, i)) for i in self.instructions)
+
+
+def compile_for(variant: Variant, capability: int) -> Machine:
+    """Compile and read the resources and the machine code."""
+    signature, constants, attributes = {}, dict(variant.constants), {}
+    for i, name in enumerate(variant.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _UNIT:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = variant.types.get(name, _TYPES.get(name, "i32"))
+            if signature[name].startswith("*") or name in _ALIGNED:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, constants, attributes)
+    options = {
+        "num_warps": variant.warps,
+        "num_stages": variant.stages,
+        "enable_fp_fusion": False,
+    }
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+
+        def dump(*flags: str) -> str:
+            return subprocess.run(
+                [os.fspath(_BIN / "cuobjdump"), *flags, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
+        code = re.findall(
+            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", dump("-sass")
+        )
+    return Machine(
+        int(usage["REG"]), int(usage["STACK"]), int(usage["LOCAL"]), binary.metadata.shared, code
+    )
+
+
+def _product(name: str, kind: str, stacked: int, *, terms: int = 1, **extra: Any) -> Variant:
+    transposed = name == "conv1d"
+    tiles = fused_tiles(stacked, 4 if kind == "fp32" else 2, transposed)[0]
+    constants: dict[str, Any] = {
+        "TOKENS": tiles.rows,
+        "COEFFS": 0 if terms == 1 else 16,
+        "SHARED": False,
+        "BIAS": True,
+        "MODE": 0,
+        "GAUSSIAN": True,
+        "PRECISION": "tf32" if kind == "fp32" else "ieee",
+        **extra,
+    }
+    if transposed:
+        constants["INPUTS"] = tiles.columns
+    else:
+        constants.update(OUT=tiles.outputs, COLUMNS=tiles.columns)
+    pointer = f"*{kind}"
+    types = {"x": pointer, "w": pointer, "y": pointer if constants["MODE"] == 0 else "*fp32"}
+    label = "-".join(f"{k.lower()}{v}" for k, v in extra.items())
+    return Variant(
+        f"{name}-{kind}-{stacked}rows-{terms}terms-{label}".rstrip("-"),
+        linear.conv1d_kernel if transposed else linear.linear_kernel,
+        constants,
+        types,
+        tiles.warps,
+        tiles.stages,
+    )
+
+
+def variants() -> list[Variant]:
+    """Every kernel; the paths of a MeZO step in every dtype and distribution."""
+    found = [
+        Variant(
+            "sample",
+            displace.sample_kernel,
+            {"ROWS": 8, "GAUSSIAN": True},
+            {"out": "*fp32"},
+        )
+    ]
+    for kind in ("bf16", "fp16", "fp32"):
+        for gaussian in (True, False):
+            if kind == "fp16" and not gaussian:
+                continue
+            name = f"{kind}-{'gaussian' if gaussian else 'rademacher'}"
+            data = {"w": f"*{kind}", "out": f"*{kind}", "like": f"*{kind}"}
+            flags = {"GATHER": 0, "GAUSSIAN": gaussian, "STOCHASTIC": False}
+            one = {"ROWS": 8, "BRANCHES": 0, **flags}
+            found.append(Variant(f"displace-{name}", displace.displace_kernel, one, data))
+            constants = {
+                "ROWS": 8,
+                "GAUSSIAN": gaussian,
+                "STOCHASTIC": True,
+                "DECAY": False,
+                "ENDS": True,
+                "DENSE": True,
+            }
+            found.append(
+                Variant(
+                    f"update-{name}", update.update_kernel, constants, data, 8 if gaussian else 4
+                )
+            )
+    data = {"w": "*bf16", "out": "*bf16", "like": "*bf16", "partial": "*fp64"}
+    flags = {"GAUSSIAN": True}
+    many = {"ROWS": 4, "BRANCHES": 4, "GATHER": 0, "STOCHASTIC": True, **flags}
+    found += [
+        Variant("displace-4-branches-many-terms", displace.displace_kernel, many, data),
+        Variant(
+            "embedding",
+            displace.displace_kernel,
+            {"ROWS": 8, "BRANCHES": 0, "GATHER": 1, "STOCHASTIC": False, **flags},
+            data,
+        ),
+        Variant(
+            "update-strided-decay",
+            update.update_kernel,
+            {"ROWS": 8, "STOCHASTIC": True, "DECAY": True, "ENDS": False, "DENSE": False, **flags},
+            data,
+            8,
+        ),
+        Variant(
+            "vectors",
+            update.vectors_kernel,
+            flags,
+            {**data, "out": "*fp32"},
+            2,
+        ),
+        Variant(
+            "project",
+            update.project_kernel,
+            {"ROWS": 8, "SEEDS": 2, "DENSE": True, **flags},
+            data,
+            8,
+        ),
+        Variant(
+            "project-sum", update.project_sum_kernel, {"BLOCK": 1024}, {**data, "out": "*fp32"}
+        ),
+        _product("linear", "bf16", 64),
+        _product("linear", "bf16", 16, MODE=1),
+        _product("linear", "bf16", 32, GAUSSIAN=False),
+        _product("linear", "bf16", 32, MODE=2),
+        _product("linear", "fp16", 64, SHARED=True),
+        _product("linear", "fp32", 32),
+        _product("linear", "bf16", 32, terms=4),
+        _product("conv1d", "bf16", 32),
+        _product("conv1d", "fp32", 32, BIAS=False),
+        Variant(
+            "reduce",
+            linear.reduce_kernel,
+            {"BLOCK": 1024, "BIAS": True},
+            {"y": "*bf16", "partial": "*fp32"},
+        ),
+        Variant(
+            "logits",
+            loss.logits_kernel,
+            {"BLOCK": 1024, "BIAS": True},
+            {"logits": "*fp32"},
+        ),
+        Variant("join", loss.join_kernel, {"BLOCK": 128}, {}),
+    ]
+    return found
