@@ -18,8 +18,8 @@ KEY = ("case", "phase", "lr", "seed")
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=10, help="H")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=5, help="H")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     args = parser.parse_args()
     bed = Bed("fed_fedmezo", args, KEY)

@@ -29,11 +29,11 @@ KEY = ("kind", "P1", "P2", "share", "phase", "lr", "seed")
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--directions", default="2,5", help="n, comma separated")
+    parser.add_argument("--directions", default="5", help="n, comma separated")
     parser.add_argument("--share", type=float, default=0.75, help="block 1's share of the layers")
-    parser.add_argument("--steps", type=int, default=10, help="H")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--trials", type=int, default=100, help="of the variance")
+    parser.add_argument("--steps", type=int, default=5, help="H")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=60, help="of the variance")
     args = parser.parse_args()
     bed = Bed("fed_fedspzo", args, KEY)
     for p2 in (1, 2, 4, 8, 16):

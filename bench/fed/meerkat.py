@@ -29,33 +29,25 @@ KEY = ("case", "T", "phase", "lr", "seed")
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", default="1,10,30", help="T, comma separated")
-    parser.add_argument("--budget", type=int, default=120, help="local steps of a client in all")
+    parser.add_argument("--budget", type=int, default=60, help="local steps of a client in all")
     parser.add_argument("--cases", default="meerkat,full,magnitude,random,lora")
     parser.add_argument("--name", default="fed_meerkat", help="of the table")
     args = parser.parse_args()
     bed = Bed(args.name, args, KEY)
-    chosen: dict[tuple[str, int], float] = {}
-    grid = [(case, int(t)) for t in listed(args.steps) for case in listed(args.cases)]
-    for case, steps in grid:
-        method, options, rates = CASES[case]
-        chosen[case, steps] = bed.tuned(
-            {"case": case, "T": steps},
-            method,
-            {**options, "steps": steps},
-            rates,
-            rounds=args.budget // steps,
-        )
-    for seed in range(args.seeds):
-        for case, steps in grid:
-            method, options, _ = CASES[case]
-            lr = chosen[case, steps]
-            bed.run(
-                {"case": case, "T": steps, "phase": "final", "lr": f"{lr:.2e}", "seed": seed},
-                method,
-                {**options, "steps": steps, "lr": lr},
-                rounds=args.budget // steps,
-                seed=seed,
-            )
+    for steps in map(int, listed(args.steps)):
+        rounds = args.budget // steps
+        chosen = {}
+        for case in listed(args.cases):
+            method, options, rates = CASES[case]
+            key = {"case": case, "T": steps}
+            chosen[case] = bed.tuned(key, method, {**options, "steps": steps}, rates, rounds=rounds)
+        for seed in range(args.seeds):
+            for case, lr in chosen.items():
+                method, options, _ = CASES[case]
+                key = {"case": case, "T": steps, "phase": "final", "lr": f"{lr:.2e}", "seed": seed}
+                bed.run(
+                    key, method, {**options, "steps": steps, "lr": lr}, rounds=rounds, seed=seed
+                )
     report(bed)
 
 

@@ -178,7 +178,7 @@ class MaskedTask:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         whole = _base(model)
         if self._head is None:
-            logits = model(**inputs).logits[rows, positions].float()
+            logits: Tensor = model(**inputs).logits[rows, positions].float()
             return logits if self.objective == "label" else logits[:, self._candidates]
         hidden = whole.base_model(**inputs).last_hidden_state[rows, positions]
         if self.objective == "label":
