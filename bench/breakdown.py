@@ -4,25 +4,25 @@
 
 Parts of a step, in milliseconds and as a share of it:
 
-``gemm``       the products themselves: every linear layer's recorded input against the plain
-               weight, once per branch, outside the step
-``noise``      the rest of the weight ops (linear, embedding, displaced vectors): drawing the
-               noise and displacing the weights
-``update``     the fused update, of which ``update_traffic`` is the bare read and write of all
-               weights
+``weights``    the ops on displaced weights (linear, embedding, small vectors): drawing the noise,
+               displacing and multiplying
+``update``     the fused update
 ``other_ops``  attention, norms, activations, loss: all other torch operations
 ``python``     what no operation accounts for: module calls, dispatch, the optimizer
 
-The op times come from one profiled step, scaled to the unprofiled median. ``generator`` is the
-share of the step spent on noise: ``noise + update - update_traffic``. ``dispatch_floor`` is the
-whole step of a model of the same depth at width 16, and ``dispatch_forwards`` two plain forwards
-of that model.
+The op times come from one profiled step, scaled to the unprofiled median. Beside them, measured in
+the same run: ``generator`` is every weight's noise drawn twice by the bare generator on all
+threads, the share of the step that noise costs at the least; ``plain_products`` torch's products of
+the same inputs with plain weights; ``update_traffic`` the bare read and write of all weights;
+``dispatch_floor`` the whole step of a model of the same depth at width 16, and
+``dispatch_forwards`` two plain forwards of that model.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +35,15 @@ from transformers import PreTrainedModel
 
 import zokernels as zo
 from bench import harness, models
-from zokernels import noise
+from bench.noise import drawing, groups_for
+from zokernels import cpp, noise
 
 KEY = ("model", "dtype", "batch", "length", "distribution", "part")
-PARTS = ("gemm", "noise", "update", "other_ops", "python")
+PARTS = ("weights", "update", "other_ops", "python")
 EXTRA = (
-    "update_traffic",
     "generator",
+    "plain_products",
+    "update_traffic",
     "two_forwards",
     "dispatch_floor",
     "dispatch_forwards",
@@ -65,7 +67,7 @@ def linear_calls(model: nn.Module, batch: models.Batch) -> list[tuple[Tensor, Te
     return calls
 
 
-def gemm(calls: list[tuple[Tensor, Tensor]], branches: int = 2) -> Callable[[], None]:
+def products(calls: list[tuple[Tensor, Tensor]], branches: int = 2) -> Callable[[], None]:
     """The plain products of a step."""
 
     def run() -> None:
@@ -141,38 +143,44 @@ def rows(
 
         return run
 
+    elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    threads, isa = torch.get_num_threads(), cpp.instruction_set()
+    pool = ThreadPoolExecutor(threads)
+    drawn: dict[str, int] = {}
     cases: dict[str, Callable[[], object]] = {d: dual(model, batch, d) for d in noise.DISTRIBUTIONS}
     cases |= {
-        "gemm": gemm(linear_calls(model, batch)),
+        "plain_products": products(linear_calls(model, batch)),
         "update_traffic": traffic(model),
         "two_forwards": forwards(model, batch),
     }
+    for d in noise.DISTRIBUTIONS:
+        groups = groups_for(isa, d)
+        cases[f"generator {d}"] = drawing(pool, isa, d, threads, groups)
+        drawn[d] = 256 * groups * threads
     if not name.startswith("tiny"):
         thin = models.build(f"{name}-skeleton", dtype)
         thin_batch = models.random_batch(thin, 1, 8)
         cases["dispatch_floor"] = dual(thin, thin_batch, "gaussian")
         cases["dispatch_forwards"] = forwards(thin, thin_batch)
-    timings = harness.interleave(
-        cases, rounds=rounds, warmup=2, sync=harness.sync_for(str(model.device))
-    )
+    with pool:
+        timings = harness.interleave(
+            cases, rounds=rounds, warmup=2, sync=harness.sync_for(str(model.device))
+        )
     out: list[harness.Row] = []
     for distribution in noise.DISTRIBUTIONS:
         total = timings.stat(distribution).median
         profiled = sorted((op_seconds(cases[distribution]) for _ in range(3)), key=lambda p: p[0])
         wall, spent = profiled[1]
         scale = total / wall
-        products = timings.stat("gemm").median
         parts = {
-            "gemm": products,
-            "noise": max(0.0, spent["weights"] * scale - products),
+            "weights": spent["weights"] * scale,
             "update": spent["update"] * scale,
             "other_ops": spent["other"] * scale,
             "python": max(0.0, (wall - sum(spent.values())) * scale),
         }
-        bare = timings.stat("update_traffic").median
-        parts["update_traffic"] = bare
-        parts["generator"] = parts["noise"] + max(0.0, parts["update"] - bare)
-        for extra in ("two_forwards", "dispatch_floor", "dispatch_forwards"):
+        rate = drawn[distribution] / timings.stat(f"generator {distribution}").median
+        parts["generator"] = 2 * elements / rate
+        for extra in EXTRA:
             if extra in cases:
                 parts[extra] = timings.stat(extra).median
         parts["step"] = total
