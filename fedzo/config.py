@@ -38,6 +38,8 @@ _NAMES = {
     "gsm8k": "gsm8k",
     "rte": "rte",
     "wic": "wic",
+    "reviews": "reviews",
+    "demo": "reviews",
 }
 
 # Fields that may differ when a run goes on: they do not change what is computed.
@@ -53,12 +55,17 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
 
-    model: str = _field(DATA, ..., "transformers model id or folder.", min_length=1)
+    model: str = _field(
+        DATA,
+        ...,
+        "transformers model id or folder; demo: SmolLM2-135M, fetched once.",
+        min_length=1,
+    )
     data: str = _field(
         DATA,
         ...,
         "File (.csv, .tsv, .json, .jsonl, .txt), folder with train.* and dev.*, or "
-        "name[:config][@split] of a data set.",
+        "name[:config][@split] of a data set; demo: rated reviews, fetched once.",
         min_length=1,
     )
     eval_data: str | None = _field(

@@ -25,7 +25,7 @@ from fedzo.methods import Meerkat, Method, RandomMask, WeightMagnitude
 from fedzo.options import make_method
 from fedzo.records import RoundRecord
 from fedzo.simulation import Federation
-from zokernels.finetune import models
+from zokernels.finetune import assets, models
 from zokernels.finetune.config import UserError
 from zokernels.finetune.memory import resident
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG, RESULT, CHECKPOINT = "config.json", "result.json", "federation.safetensors"
+
+# A model or data of this name are the demo's of ``zokernels finetune --demo``.
+DEMO = "demo"
 
 # Called after every round with its row.
 Watch = Callable[[metrics.Row], None]
@@ -87,8 +90,9 @@ def run(config: RunConfig, watch: Watch = lambda row: None) -> Result:
     """
     folder = Path(config.output)
     method = make_method(config.method, method_options(config))
-    model, tokenizer, masked = load_model(config)
-    task = make_task(config, model, tokenizer, masked)
+    local = fetched(config)
+    model, tokenizer, masked = load_model(local)
+    task = make_task(local, model, tokenizer, masked)
     _open_folder(config, folder, fingerprint(task))
     if config.resume and (folder / RESULT).is_file():
         done = read_result(folder)
@@ -120,6 +124,22 @@ def run(config: RunConfig, watch: Watch = lambda row: None) -> Result:
         result = _result(config, federation, model, rows.rows)
     _write(folder / RESULT, dataclasses.asdict(result))
     return result
+
+
+def fetched(config: RunConfig) -> RunConfig:
+    """The configuration with the paths of the demo's model and data in place of ``demo``.
+
+    Raises:
+        UserError: they cannot be fetched.
+    """
+    paths: dict[str, str] = {}
+    folder = assets.cache_folder()
+    if config.model == DEMO:
+        paths["model"] = str(assets.smollm2(folder))
+    if config.data == DEMO:
+        parts = assets.reviews(folder)
+        paths |= {"data": str(parts["train"]), "eval_data": str(parts["test"])}
+    return config.model_copy(update=paths)
 
 
 def method_options(config: RunConfig) -> dict[str, Any]:
@@ -369,6 +389,7 @@ def _write(path: Path, value: Any) -> None:
 
 __all__ = [
     "Result",
+    "fetched",
     "load_model",
     "make_federation",
     "make_task",

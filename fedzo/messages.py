@@ -61,7 +61,7 @@ _FORMAT = 1
 _HEADER = struct.Struct("<4sBBHIIQI")
 _CHECKSUM = struct.Struct("<I")
 _ORDER = struct.Struct("<qIf")
-_BLOCKS = struct.Struct("<H")
+_BLOCKS = struct.Struct("<I")
 _BLOCK = struct.Struct("<II")
 
 OVERHEAD = _HEADER.size + _CHECKSUM.size

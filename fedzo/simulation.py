@@ -78,7 +78,8 @@ class Federation:
         rejections: refused messages of the whole run by reason.
 
     Raises:
-        ValueError: an argument out of range, an index that is no example, no client with examples.
+        ValueError: an argument out of range, an index that is no example, no client with examples,
+            a method that another federation has used.
     """
 
     def __init__(
@@ -142,6 +143,8 @@ class Federation:
         self.clip, self.checkpoint = clip, checkpoint
         self.checkpoint_every, self.channel = checkpoint_every, channel
 
+        if method.prepared:
+            raise ValueError(f"method must be a fresh one; this {method.name} has been in a run")
         self.model = unwrap(model).eval()
         method.prepare(
             Setting(

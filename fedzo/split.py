@@ -8,6 +8,7 @@ place of computing. The embeddings in front of the skipped layers are looked up 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -53,6 +54,23 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return best
 
 
+def _head_flop(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of ``linear_cross_entropy``: tokens, vocabulary and hidden size."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def _attention_flop(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of both products, ``[batch, heads, tokens, width]``; key heads may be fewer."""
+    return 4 * math.prod(q) * k[-2]
+
+
+# What torch's counter does not know.
+_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.zokernels.linear_cross_entropy: _head_flop,
+}
+
+
 def flop_shares(model: nn.Module, loss: Loss) -> list[float]:
     """Share of a forward pass spent before layer ``i``, for ``i`` in 0..n.
 
@@ -65,7 +83,7 @@ def flop_shares(model: nn.Module, loss: Loss) -> list[float]:
     layers = layers_of(model)
     counts = [0.0]
     with contextlib.ExitStack() as stack, torch.no_grad():
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
 
         def note(*_: Any) -> None:
             counts.append(float(counter.get_total_flops()))

@@ -217,6 +217,14 @@ TEMPLATES: dict[str, Template] = {
             ("terrible", "great"),
             columns=("sentence", "label"),
         ),
+        # Not of a paper: what SmolLM2-135M answers best (zokernels/finetune/presets.py).
+        Classification(
+            "reviews",
+            "Review: {sentence}\nSentiment:",
+            (" negative", " positive"),
+            (("0", "negative"), ("1", "positive")),
+            columns=("sentence", "label"),
+        ),
         Classification(
             "rte",
             '{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n',

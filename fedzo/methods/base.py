@@ -146,6 +146,8 @@ class Method:
         rounding: of bfloat16 and float16 weights, ``"stochastic"`` or ``"nearest"``.
 
     Attributes:
+        space: the values that move, once the method is prepared.
+        fingerprint: of the space.
         gradip: of the last round, by client: one GradIP a step; empty where there is none.
         flagged: clients singled out.
     """
@@ -165,6 +167,7 @@ class Method:
     def __post_init__(self) -> None:
         self.root = 0
         self.fingerprint = 0
+        self.prepared = False
         self.gradip: dict[int, tuple[float, ...]] = {}
         self.flagged: tuple[int, ...] = ()
         self.check()
@@ -188,6 +191,7 @@ class Method:
         self.root = setting.seed
         self.space = self.moving(setting)
         self.fingerprint = self.space.fingerprint
+        self.prepared = True
 
     def moving(self, setting: Setting) -> Space:
         """The values that move: every parameter that requires a gradient."""

@@ -178,10 +178,10 @@ def test_fields_that_contradict_each_other():
     with pytest.raises(CorruptError, match="two blocks"):
         Merged.decode(twice.encode())
     data = bytearray(Merged(**head, blocks=(Block(4, (1.0, 2.0)),)).encode())
-    data[34:38] = struct.pack("<I", 2**32 - 1)  # numbers of the block
+    data[36:40] = struct.pack("<I", 2**32 - 1)  # numbers of the block
     with pytest.raises(TruncatedError, match="numbers"):
         Merged.decode(resealed(bytes(data)))
-    data[34:38] = struct.pack("<I", 1)
+    data[36:40] = struct.pack("<I", 1)
     with pytest.raises(CorruptError, match="after the last block"):
         Merged.decode(resealed(bytes(data)))
     order = Order(**head, root=1, steps=1, lr=-1.0)

@@ -163,6 +163,24 @@ def test_arguments_out_of_range(given, message):
         zoo.federation("random_mask", **given)
 
 
+def test_a_method_is_for_one_run():
+    method, task = zoo.method("random_mask"), zoo.ToyTask()
+    zoo.Federation(zoo.build(), task, method, [[0, 1]])
+    with pytest.raises(ValueError, match="method must be a fresh one"):
+        zoo.Federation(zoo.build(), task, method, [[0, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_losses_and_scalars_are_float32_in_low_precision(dtype):
+    """The official code logs float16 losses, which are all equal when they matter."""
+    fed = zoo.federation("fedmezo", model=zoo.build(dtype), options={"signal": "loss"})
+    fed.task.tokens = fed.task.tokens[:1].expand(60, -1) + torch.arange(60)[:, None] % 2
+    (record,) = list(fed.run(1))
+    values = [*record.losses.values(), record.scalars.mean, record.scalars.maximum]
+    coarse = [float(torch.tensor(v).to(dtype)) for v in values]
+    assert sum(v != c for v, c in zip(values, coarse, strict=True)) >= 4
+
+
 def test_shards_must_be_examples():
     task = zoo.ToyTask()
     for shards, message in (([[], []], "at least one client"), ([[0, 60]], r"shards\[0\]")):
