@@ -52,6 +52,18 @@ int64_t place_in(const MatrixView& m, int64_t row, int64_t col) {
   return offset;
 }
 
+// Where the elements [begin, end) of a list lie in a weight. They are spread over all of it, so
+// every one of them is a cache miss: the lines are asked for here and read later.
+void find_places(const MatrixView& m, const int64_t* indices, int64_t begin, int64_t end,
+                 int64_t* places) {
+  const int64_t size = dtype_size(m.dtype);
+  for_elements(indices, begin, end, m.cols, [&](int64_t e, int64_t row, int64_t col) {
+    const int64_t place = place_in(m, row, col);
+    __builtin_prefetch(m.data + place * size);
+    places[e - begin] = place;
+  });
+}
+
 // What a weight holds at `place`, as float32, and whether that is what `shadow` rounds to.
 struct Stored {
   float value;
@@ -140,11 +152,13 @@ void displaced_values(const Elements& all, const SeedKeys& keys, const std::vect
                           false};
   const MatrixView& m = all.view.view;
   in_pieces(all.count, static_cast<int64_t>(place.col_offset), [&](int64_t begin, int64_t end) {
-    for_elements(all.indices, begin, end, m.cols, [&](int64_t e, int64_t row, int64_t col) {
-      const Stored s = stored_at(m, place_in(m, row, col), all.shadow[e]);
+    std::vector<int64_t> places(static_cast<size_t>(end - begin));
+    find_places(m, all.indices, begin, end, places.data());
+    for (int64_t e = begin; e < end; ++e) {
+      const Stored s = stored_at(m, places[static_cast<size_t>(e - begin)], all.shadow[e]);
       base[static_cast<size_t>(e)] = s.shadowed ? all.shadow[e] : s.value;
       if (held) held[e] = s.value;
-    });
+    }
     k.displace(args, {0, 1, begin, end}, values + begin, all.count, all.count);
   });
 }
@@ -187,17 +201,17 @@ void sparse_update_(std::vector<Tensor> params, std::vector<Tensor> indices,
     const Elements& all = every[t];
     const Region r = pieces[t].at(t ? i - ends[t - 1] : i);
     const MatrixView& m = all.view.view;
-    const auto load = [&](int64_t e, int64_t row, int64_t col) {
-      const Stored s = stored_at(m, place_in(m, row, col), all.shadow[e]);
+    const int64_t begin = r.col_begin, end = r.col_end;
+    std::vector<int64_t> places(static_cast<size_t>(end - begin));
+    find_places(m, all.indices, begin, end, places.data());
+    for (int64_t e = begin; e < end; ++e) {
+      const Stored s = stored_at(m, places[static_cast<size_t>(e - begin)], all.shadow[e]);
       if (!s.shadowed) all.shadow[e] = s.value;
-    };
-    for_elements(all.indices, r.col_begin, r.col_end, m.cols, load);
+    }
     k.update(args, vector_view(all.shadow, all.count), place_of(param_ids[t], 0, 0, distribution),
              r);
-    const auto store = [&](int64_t e, int64_t row, int64_t col) {
-      store_at(m, place_in(m, row, col), all.shadow[e]);
-    };
-    for_elements(all.indices, r.col_begin, r.col_end, m.cols, store);
+    for (int64_t e = begin; e < end; ++e)
+      store_at(m, places[static_cast<size_t>(e - begin)], all.shadow[e]);
   });
 }
 

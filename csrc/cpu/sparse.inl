@@ -31,11 +31,16 @@ ZK_INLINE void transpose16(F r[16]) {
 }
 #endif
 
+// The rows of a block lie far apart, more of them than the hardware follows: their next cache lines
+// are asked for this many columns ahead.
+constexpr int64_t kAhead = 128;
+
 // Sixteen columns of sixteen tokens of x, transposed: out[c, kCorrectionTokens].
 template <class T>
 void gather_chunk(const T* x, int64_t row, int64_t columns, int64_t tokens, float* out) {
   F r[16];
   for (int t = 0; t < 16; ++t) {
+    __builtin_prefetch(x + t * row + kAhead, 0, 2);
     if (t >= tokens)
       r[t] = splat(0.0f);
     else if (columns == kLanes)
@@ -59,6 +64,7 @@ void add_chunk(const float* sums, T* y, int64_t row, int64_t columns, int64_t to
   F b = splat(0.0f);
   if (bias) b = whole ? load(bias) : load(bias, 0, width);
   for (int64_t t = 0; t < tokens; ++t, y += row) {
+    __builtin_prefetch(y + kAhead, 1, 2);
     F v = (whole ? load(y) : load(y, 0, width)) + r[t];
     if (bias) v = v + b;
     if (whole)
