@@ -77,6 +77,40 @@ ZK_DEVICE void apply_pending(const LinearArgs& a, uint32_t noise_row, uint32_t g
   }
 }
 
+// sum += left x^T over the sixteen columns of a step in each quarter. A token that is not there
+// reads the last one's and is not stored.
+template <DType T, int NT>
+ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int token0, int col,
+                        const uint32_t left[2][4][4], float sum[2][NT][4]) {
+  const int tokens = static_cast<int>(a.tokens), cols = static_cast<int>(a.w.cols);
+  bool inside[4];
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j) inside[j] = col + 64 * j < cols;
+  // Addresses are computed here, two instructions a row, and not kept over the half panels.
+  auto row = static_cast<uint32_t>(token0 + dev::thread() % 32 / 4);
+  dev::opaque(row);
+  const auto last = static_cast<uint32_t>(tokens) - 1u;
+  const auto row_bytes = static_cast<uint32_t>(cols) * 2u;
+  const char* base = a.x + (first * a.x_branch_stride + col) * 2;
+  ZK_UNROLL
+  for (int g = 0; g < 2; ++g) {
+    if (g == 1 && !two) continue;
+    ZK_UNROLL
+    for (int tile = 0; tile < NT; ++tile) {
+      if (token0 + tile * 8 >= tokens) continue;
+      const uint32_t own = row + static_cast<uint32_t>(tile) * 8u;
+      const char* at = base + static_cast<uint64_t>(own < last ? own : last) * row_bytes;
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        Vec8 right = {{0u, 0u}};
+        if (inside[j]) right = dev::load8(at + 128 * j);
+        dev::mma<T>(sum[g][tile], left[g][j], right.w);
+      }
+    }
+    base += a.x_branch_stride * 2;
+  }
+}
+
 template <DType T, Distribution kind, int NT, bool pending>
 ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
     linear_kernel(const LinearArgs a, const Split split) {
@@ -84,7 +118,8 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
   const int wide = kWarps / split.warps_k;
   const int warp_n = warp % wide, warp_k = warp / wide;
   const int64_t n0 = dev::block_x() * (16 * wide) + warp_n * 16;
-  const int64_t token0 = dev::block_y() * (8 * NT);
+  const int tokens = static_cast<int>(a.tokens), cols = static_cast<int>(a.w.cols);
+  const int token0 = static_cast<int>(dev::block_y()) * (8 * NT);
   const int64_t first = dev::block_z() * 2;
   const bool two = first + 1 < a.branches;
   char* const mine = dev::shared() + dev::thread() * 16;
@@ -92,15 +127,15 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
   const auto chunk = [&](int slot, int row, int j) {
     return mine + ((slot * kChunks + row * 4 + j) * kThreads) * 16;
   };
-  const auto column = [&](int h) { return static_cast<int64_t>(h / 2) * 256 + h % 2 * 32 + q * 8; };
+  const auto column = [&](int h) { return h / 2 * 256 + h % 2 * 32 + q * 8; };
   const auto fetch = [&](int h, int slot) {
     ZK_UNROLL
     for (int row = 0; row < 2; ++row) {
       const int64_t n = n0 + r + row * 8;
       ZK_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const int64_t col = column(h) + 64 * j;
-        const bool valid = n < a.w.rows && col < a.w.cols;
+        const int col = column(h) + 64 * j;
+        const bool valid = n < a.w.rows && col < cols;
         dev::copy16(chunk(slot, row, j), a.w.data + (valid ? (n * a.w.row_stride + col) * 2 : 0),
                     valid);
       }
@@ -128,7 +163,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
     const uint32_t group = split.first_group + static_cast<uint32_t>(h) / 2u;
     ZK_NO_UNROLL
     for (int t = 0; t < 2; ++t) {
-      const int64_t col = column(h) + 4 * t;
+      const int col = column(h) + 4 * t;
       const auto l = static_cast<uint32_t>(h % 2 * 32 + q * 8 + 4 * t);
       uint32_t left[2][4][4];  // branch, quarter, register of the fragment
       ZK_UNROLL
@@ -147,7 +182,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
           for (int j = 0; j < 4; ++j) {
             Vec8 raw;
             pack_words<T, 2>(acc[0][j], raw.w);
-            if (n < a.w.rows && col + 64 * j < a.w.cols)
+            if (n < a.w.rows && col + 64 * j < cols)
               dev::store8(a.w.data + (n * a.w.row_stride + col + 64 * j) * 2, raw);
           }
         }
@@ -184,23 +219,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
           }
         }
       }
-      ZK_UNROLL
-      for (int tile = 0; tile < NT; ++tile) {
-        if (token0 + tile * 8 >= a.tokens) continue;
-        const int64_t token = token0 + tile * 8 + r;
-        ZK_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const bool valid = token < a.tokens && col + 64 * j < a.w.cols;
-          const char* at = a.x + (first * a.x_branch_stride + token * a.w.cols + col + 64 * j) * 2;
-          Vec8 right = {{0u, 0u}};
-          if (valid) right = dev::load8(at);
-          dev::mma<T>(sum[0][tile], left[0][j], right.w);
-          if (two) {
-            if (a.x_branch_stride && valid) right = dev::load8(at + a.x_branch_stride * 2);
-            dev::mma<T>(sum[1][tile], left[1][j], right.w);
-          }
-        }
-      }
+      multiply<T, NT>(a, first, two, token0, col, left, sum);
     }
   }
 
@@ -223,9 +242,9 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
   ZK_UNROLL
   for (int i = 0; i < values; ++i) {
     const int64_t branch = first + i / (NT * 4);
-    const int64_t token = token0 + i / 4 % NT * 8 + q * 2 + i % 2;
+    const int token = token0 + i / 4 % NT * 8 + q * 2 + i % 2;
     const int64_t n = n0 + r + i % 4 / 2 * 8;
-    if (branch < a.branches && token < a.tokens && n < a.w.rows) {
+    if (branch < a.branches && token < tokens && n < a.w.rows) {
       float y = sum[i / (NT * 4)][i / 4 % NT][i % 4];
       if (a.bias)
         y += load_one(static_cast<const char*>(a.bias), branch * a.w.rows + n, a.bias_dtype);
@@ -247,6 +266,7 @@ Kernel choose(int tiles, bool pending) {
 
 const char* linear(const LinearArgs& a, void* stream) {
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
+  if (a.tokens > 0x7FFFFFFF || a.w.cols > 0x7FFFFFFF) return "the product is too large";
   const int64_t tiles = (a.tokens + 7) / 8;
   const bool pending = a.pending.count > 0;
   const int nt = tiles <= 4 && !pending ? 4 : 8;
