@@ -219,6 +219,20 @@ def test_a_natural_split_and_failing_clients(place, tmp_path):
     assert sum(len(row["invited"]) for row in rows) == 18
 
 
+def test_the_demos_model_and_data_go_by_name(place, tmp_path, monkeypatch):
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("sentence,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(20)))
+    monkeypatch.setattr(experiment.assets, "smollm2", lambda folder: place / "model")
+    parts = {"train": reviews, "test": reviews}
+    monkeypatch.setattr(experiment.assets, "reviews", lambda folder: parts)
+    values = fields(place, tmp_path / "run", model="demo", data="demo", task="auto", rounds=1)
+    del values["prompt"], values["words"]
+    result = experiment.run(build(RunConfig, {**values, "max_length": 64}))
+    assert metrics.read(tmp_path / "run")[-1]["examples"] == 20 and result.rounds == 1
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert saved["model"] == saved["data"] == "demo"
+
+
 def test_the_lines_of_the_plots_are_the_rows():
     rows = [
         {"round": 0, "phase": "start", "eval_loss": 2.0, "total_up": 0, "total_down": 0},
