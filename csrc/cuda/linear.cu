@@ -19,15 +19,17 @@
 // Weights go through shared memory by cp.async, one half panel ahead; every thread reads back what
 // it copied itself, so that no barrier is needed.
 //
-// Ceiling. A displaced pair of weights costs about 38 instructions with Gaussian noise (33 the
-// normal, 2 fma, 1 packed conversion, 2 unpacking and addresses) and 8 with Rademacher; a
-// multiprocessor issues 128 a cycle. That is 3.4 weights a cycle and multiprocessor, or 6.7
-// bytes: 1.6 TB/s on an H200 (132 at 1.8 GHz), a third of its memory bandwidth, and 1.1 TB/s of 2.0
-// on an A100. So with Gaussian noise this kernel is bound by drawing, whatever the tokens, until
-// the products take as long: eight weights a lane feed 2 NT products, at 62% of the matrix unit's
-// rate about 6.5 cycles each on Hopper, against 8 * 38 issue cycles: at NT = 8 a third. wgmma and
-// TMA would speed up the part that waits, so there is no path for them; they pay in the plan with
-// scratch tiles, where cuBLAS has them. (Arithmetic from the instruction counts, not measurements.)
+// Ceiling, from the machine code for sm_80 with one seed and 32 tokens a branch. A weight costs 61
+// instructions with Gaussian noise: 38 the normal, 2 the two fma, 9 its share of products and their
+// loads, 12 unpacking, packing, copies and loops. With Rademacher noise 37 (14 the sign). A
+// multiprocessor issues 128 a cycle: 2.1 weights (3.5 with Rademacher) a cycle, 4.2 (6.9) bytes.
+// That is 1.0 (1.6) TB/s of weights on an H200, 132 multiprocessors at 1.8 GHz, with 4.8 TB/s of
+// memory bandwidth; 0.64 (1.1) of 2.0 TB/s on an A100. So this kernel waits for neither memory nor
+// the matrix unit: eight weights a lane feed 2 NT products, of about 6.5 cycles each at the rate
+// mma.sync reaches on Hopper, beside 8 * 61 issue cycles: a tenth of them at NT = 4, a fifth at 8.
+// TMA and wgmma speed up what is not waited for here, so there is no path for them; they pay where
+// tokens are many, and the plan with scratch tiles has them from cuBLAS. (Arithmetic, not
+// measurements.)
 //
 // `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
 // update of the last step costs its noise and no pass over memory of its own.

@@ -2,7 +2,8 @@
 // quarters of a group of 256 columns: V 16-byte accesses of adjacent threads meet, and one Philox
 // call gives the four normals of column l + v, one a quarter.
 //
-// Instructions a normal, counted in the machine code: see csrc/README.md.
+// In the machine code for sm_80 a normal costs 37 instructions, 5 of them wide multiplications, and
+// a sign 9 where a thread draws 32 (the eight threads of a group draw the same two calls).
 #pragma once
 
 #include "device.h"
