@@ -147,13 +147,6 @@ class Binding(Subset):
                         f"model again"
                     )
 
-    def groups(self) -> list[list[BoundParameter]]:
-        """Parameters split by device, as the multi-tensor ops take them."""
-        groups: dict[torch.device, list[BoundParameter]] = {}
-        for p in self.params:
-            groups.setdefault(p.device, []).append(p)
-        return list(groups.values())
-
 
 @contextlib.contextmanager
 def exchanged(

@@ -33,6 +33,7 @@ from zokernels.losses import loss_of
 from zokernels.masks import Mask
 from zokernels.noise import DISTRIBUTIONS, signed_seed
 from zokernels.precision import CompositeOps
+from zokernels.randomness import rewinder
 
 Seeds = Tensor | Sequence[int]
 Coeffs = Tensor | Sequence[Sequence[float]]
@@ -308,15 +309,18 @@ class Branches:
             )
         return self._stacked(memory, fn)
 
+    def _rewinder(self) -> Callable[[], None]:
+        return rewinder(p.device for p in self.binding.params)
+
     def _one_by_one(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
         every: list[list[Any]] = []
-        with _same_random_numbers(self.binding.device) as rewind:
-            for g in range(self.num_branches):
-                rewind()
-                self._own = tuple(x[g] for x in self._inputs)
-                with self._active(memory, self.coeffs[g : g + 1]):
-                    leaves, spec = _flatten(fn())
-                    every.append([_plain(leaf) for leaf in leaves])
+        rewind = self._rewinder()
+        for g in range(self.num_branches):
+            rewind()
+            self._own = tuple(x[g] for x in self._inputs)
+            with self._active(memory, self.coeffs[g : g + 1]):
+                leaves, spec = _flatten(fn())
+                every.append([_plain(leaf) for leaf in leaves])
         first = every[0]
         return tree_unflatten(
             [
@@ -328,7 +332,8 @@ class Branches:
 
     def _first_use(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
         """Stack, compare with one branch at a time, and remember which of them to trust."""
-        with _same_buffers(self.binding.model), _same_random_numbers(self.binding.device) as rewind:
+        rewind = self._rewinder()
+        with _same_buffers(self.binding.model):
             stacked, failure = self._try_stacked(memory, fn)
             if memory.lazy.state.low_precision and not memory.autocast:
                 memory.autocast = True  # seen now: run again under its rules for composite ops
@@ -383,7 +388,8 @@ class Branches:
                 return None
             return None if verify.has_nan(outputs) else outputs
 
-        with _same_buffers(self.binding.model), _same_random_numbers(self.binding.device) as rewind:
+        rewind = self._rewinder()
+        with _same_buffers(self.binding.model):
             outputs = run(params)
             if outputs is None:
                 rewind()
@@ -702,21 +708,6 @@ def _compiled_models_run_eagerly() -> Iterator[None]:
             if _eager_users == 0 and _eager_stance is not None:
                 _eager_stance.__exit__(None, None, None)
                 _eager_stance = None
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Gives a function that rewinds torch's random state to where the block began."""
-    cpu = torch.get_rng_state()
-    accelerator = torch.get_device_module(device) if device.type != "cpu" else None
-    other = accelerator.get_rng_state(device) if accelerator is not None else None
-
-    def rewind() -> None:
-        torch.set_rng_state(cpu)
-        if accelerator is not None and other is not None:
-            accelerator.set_rng_state(other, device)
-
-    yield rewind
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from zokernels.displacement import UnknownVersionError, check_distribution, chec
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
 from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
+from zokernels.randomness import rewinder
 from zokernels.trajectory import Trajectory, TrajectoryError
 
 ESTIMATORS = ("central", "forward")
@@ -635,7 +636,7 @@ class MeZO(torch.optim.Optimizer):
             return losses
         assert bound is not None
         bound.check()
-        rewind = _random_state(bound)
+        rewind = rewinder(p.device for p in bound.params)
         keys = seeds if isinstance(seeds, Tensor) else torch.tensor(seeds, dtype=torch.int64)
         table = torch.tensor(coeffs, dtype=torch.float32)
         outputs = []
@@ -1041,20 +1042,6 @@ def _named(params: Any, model: nn.Module | None) -> list[tuple[str, Tensor]]:
             )
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
-
-
-def _random_state(bound: NamedTensors) -> Callable[[], None]:
-    """A function that sets torch's random state to what it is now."""
-    cpu = torch.get_rng_state()
-    devices = {p.device for p in bound.params if p.device.type == "cuda"}
-    accelerators = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def rewind() -> None:
-        torch.set_rng_state(cpu)
-        for device, state in accelerators.items():
-            torch.cuda.set_rng_state(state, device)
-
-    return rewind
 
 
 def _pairs(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
