@@ -15,6 +15,7 @@ from zokernels.binding import Binding, Selection, bind
 from zokernels.branches import Branches
 from zokernels.losses import loss_of
 from zokernels.planner import LinearPlan, plan_linear
+from zokernels.triton.devices import architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,12 @@ class Explanation:
                     f"{c.plan.token_blocks} token blocks, "
                     f"scratch {c.plan.scratch_bytes / 2**20:.2f} MiB"
                 )
+                if c.plan.instructions is not None and c.plan.seconds is not None:
+                    plan += (
+                        f", reads {c.plan.weight_bytes / 2**20:.2f} MiB, "
+                        f"{c.flops / 1e9:.2f} GFLOP, {c.plan.instructions / 1e9:.3f} G noise "
+                        f"instructions, {c.plan.seconds * 1e6:.0f} us by the model"
+                    )
             lines.append(
                 f"{c.parameter:50} {c.op:22} {c.backend:10} {c.shape[0]:>7}x{c.shape[1]:<6} "
                 f"{c.tokens:>7} {c.noise / 1e6:>8.3f}  {plan}"
@@ -87,9 +94,10 @@ class Explanation:
 class _Record(TorchDispatchMode):
     """Notes every op of ours that an evaluation ends in."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, names: dict[int, str], device: str | None) -> None:
         super().__init__()
         self.names = names
+        self.device = device
         self.calls: list[Call] = []
 
     def __torch_dispatch__(
@@ -130,15 +138,17 @@ class _Record(TorchDispatchMode):
             tokens = (x.numel() if shared else x[0].numel()) // x.shape[-1]
             flops = 2 * coeffs.shape[0] * tokens * w.numel()
             noise = w.numel() * seeds.numel()
-            if op == "linear":
+            gpu = self.device or _registry.serving(op, w.device.type) == "triton"
+            if op == "linear" or gpu:
                 plan = plan_linear(
                     *w.shape,
                     tokens=max(tokens, 1),
                     branches=coeffs.shape[0],
                     terms=seeds.numel(),
                     dtype=w.dtype,
-                    device=w.device.type,
-                    transposed=args[10],
+                    device=self.device or w.device.type,
+                    transposed=op == "linear" and args[10],
+                    distribution=args[8] if op == "linear" else args[9],
                 )
                 noise = plan.noise
         else:
@@ -158,7 +168,7 @@ class _Record(TorchDispatchMode):
         return Call(
             self.names.get(param_id, "(fixed)"),
             op,
-            _registry.serving(op, w.device.type),
+            "triton" if self.device else _registry.serving(op, w.device.type),
             (w.shape[0], w.shape[1]),
             tokens,
             noise,
@@ -175,26 +185,33 @@ def explain(
     num_branches: int = 2,
     params: Selection = None,
     distribution: str = "gaussian",
+    device: str | None = None,
 ) -> Explanation:
     """Evaluate a batch once at branches around the weights and say what was done.
+
+    With ``device="sm_90"`` (or another architecture) it says what a GPU of that kind would do:
+    plans, bytes, operations and noise instructions are those of :mod:`zokernels.triton.plan`.
 
     Args:
         model, batch, loss_fn, params, distribution: as :func:`zokernels.dual_loss`.
         num_branches: G, an even number gives ``+`` and ``-`` of one direction.
+        device: a GPU architecture, present or not; None: the one that evaluates.
 
     Returns:
         An :class:`Explanation`; print it for a table.
 
     Raises:
-        ValueError: ``num_branches`` < 1, and as :func:`zokernels.dual_loss`.
+        ValueError: ``num_branches`` < 1, no such architecture, and as :func:`zokernels.dual_loss`.
     """
     if num_branches < 1:
         raise ValueError(f"num_branches must be at least 1; got {num_branches}")
+    if device is not None:
+        architecture(device)
     binding = bind(model, params)
     table = [[1e-3 * (-1) ** g] for g in range(num_branches)]
     view = Branches(binding, [0], table, distribution=distribution)
     fn = loss_of(binding.model, batch, loss_fn)
     view(fn)  # the first use runs a model several times
-    with _Record({p.id: p.name for p in binding.params}) as record, torch.no_grad():
+    with _Record({p.id: p.name for p in binding.params}, device) as record, torch.no_grad():
         view(fn)
     return Explanation(num_branches, view.stacked, tuple(record.calls), view.formed)

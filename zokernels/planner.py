@@ -8,6 +8,10 @@ Plans, all giving the same numbers:
 ``tiles``
     A tile of output rows is displaced for all branches into scratch that stays in the cache, and
     the vendor's matrix product multiplies it (CPU; measurements in ``csrc/README.md``).
+On a GPU (Triton): ``fused`` draws the noise inside the matrix product and splits it over programs,
+``tiles`` displaces as many outputs as fit half of the second-level cache and calls cuBLAS; the
+choice is a model's (:mod:`zokernels.triton.plan`) with data per architecture.
+
 ``whole``
     The displaced weight of one branch at a time, whole, and torch's product: the reference backend.
 """
@@ -19,6 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from zokernels import _registry
+from zokernels.triton.devices import architecture, of_device
+from zokernels.triton.plan import plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,7 @@ class LinearPlan:
         tiles: number of tiles; token_blocks: blocks of tokens that draw a tile's noise again.
         scratch_bytes: displaced weights that exist at once, on all threads.
         weight_bytes: bytes of weights read; flops: 2 G tokens fan_in fan_out; noise: values drawn.
+        instructions: of one thread, for the noise; seconds: by the model (GPU plans only).
     """
 
     kind: str
@@ -41,6 +48,8 @@ class LinearPlan:
     weight_bytes: int
     flops: int
     noise: int
+    instructions: int | None = None
+    seconds: float | None = None
 
 
 def plan_linear(
@@ -54,6 +63,7 @@ def plan_linear(
     device: str = "cpu",
     transposed: bool = False,
     threads: int | None = None,
+    distribution: str = "gaussian",
 ) -> LinearPlan:
     """The plan that the serving backend follows for a weight ``[rows, cols]``.
 
@@ -62,18 +72,23 @@ def plan_linear(
         tokens: rows of the activations of one branch.
         branches: G; terms: K, seeds of the displacement.
         dtype: of weights and activations.
-        device: device type.
+        device: device type, or a GPU architecture such as ``"sm_90"``, present or not.
         transposed: GPT-2's Conv1D layout.
         threads: torch's thread count when None.
+        distribution: of the noise; GPU plans depend on it.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, an architecture is older than sm_80.
     """
     for name, value in (("rows", rows), ("cols", cols), ("tokens", tokens), ("branches", branches)):
         if value < 1:
             raise ValueError(f"{name} must be positive; got {value}")
     size = dtype.itemsize
     fan_in, fan_out = (rows, cols) if transposed else (cols, rows)
+    if device.startswith("sm_") or _registry.serving("linear", device) == "triton":
+        return _gpu_plan(
+            rows, cols, tokens, branches, terms, size, device, transposed, distribution
+        )
     kind, outputs, tiles, blocks, held = "whole", fan_out, 1, 1, rows * cols * size
     if _registry.serving("linear", device) == "cpp":
         from zokernels import cpp
@@ -93,4 +108,47 @@ def plan_linear(
         weight_bytes=rows * cols * size * again,
         flops=2 * branches * tokens * rows * cols,
         noise=rows * cols * terms * again,
+    )
+
+
+def _gpu_plan(
+    rows: int,
+    cols: int,
+    tokens: int,
+    branches: int,
+    terms: int,
+    itemsize: int,
+    device: str,
+    transposed: bool,
+    distribution: str,
+) -> LinearPlan:
+    found = plan(
+        rows,
+        cols,
+        tokens=tokens,
+        branches=branches,
+        terms=terms,
+        itemsize=itemsize,
+        architecture=architecture(device) if device.startswith("sm_") else of_device(device),
+        distribution=distribution,
+        transposed=transposed,
+        tf32=torch.backends.cuda.matmul.allow_tf32,
+    )
+    fan_in, fan_out = (rows, cols) if transposed else (cols, rows)
+    outputs = min(fan_out, (256 if transposed else found.tiles.outputs))
+    held = 4 * found.splits * branches * tokens * fan_out if found.splits > 1 else 0
+    if not found.fused:
+        outputs = found.chunk
+        held = branches * outputs * fan_in * itemsize
+    return LinearPlan(
+        kind="fused" if found.fused else "tiles",
+        tile_outputs=outputs,
+        tiles=-(-fan_out // outputs),
+        token_blocks=found.row_blocks,
+        scratch_bytes=held,
+        weight_bytes=rows * cols * itemsize * found.row_blocks,
+        flops=2 * branches * tokens * rows * cols,
+        noise=found.noise,
+        instructions=found.instructions,
+        seconds=found.seconds,
     )

@@ -25,7 +25,7 @@ from zokernels.triton import displace as _displace
 from zokernels.triton import linear as _linear
 from zokernels.triton import loss as _loss
 from zokernels.triton import update as _update
-from zokernels.triton.devices import OLDEST, Architecture, architecture, present
+from zokernels.triton.devices import OLDEST, Architecture, of_device
 from zokernels.triton.launch import device_guard, flag, launch, look, raise_errors, signed32
 from zokernels.triton.noise import INTERPRETED
 from zokernels.triton.plan import Plan, Tiles, fused_tiles, plan
@@ -61,9 +61,7 @@ def _power(n: int) -> int:
 
 
 def _architecture(device: torch.device) -> Architecture:
-    if INTERPRETED:
-        return architecture("sm_90")
-    return present(device.index if device.index is not None else torch.cuda.current_device())
+    return of_device(str(device))
 
 
 def _here(tensor: Tensor) -> None:
@@ -531,6 +529,8 @@ def _plan(
         distribution=distribution,
         shared=shared,
         transposed=transposed,
+        # The interpreter multiplies in float32 whatever it is told.
+        tf32=INTERPRETED or torch.backends.cuda.matmul.allow_tf32,
     )
 
 

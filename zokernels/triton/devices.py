@@ -119,3 +119,13 @@ def present(index: int) -> Architecture:
             clock=clock or found.clock,
         )
     )
+
+
+def of_device(device: str) -> Architecture:
+    """The architecture of a torch device; of the interpreter's (``"cpu"``) an H100's."""
+    import torch
+
+    where = torch.device(device)
+    if where.type != "cuda":
+        return architecture("sm_90")
+    return present(where.index if where.index is not None else torch.cuda.current_device())

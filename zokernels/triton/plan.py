@@ -21,6 +21,8 @@ NOISE_INSTRUCTIONS = {"gaussian": 24, "rademacher": 6}
 _OTHER_INSTRUCTIONS = 6
 # What a fused product reaches of the matrix units' rate, and what the vendor's does.
 _FUSED_RATE, _VENDOR_RATE = 0.35, 0.75
+# Between two kernels of a stream.
+_LAUNCH = 2e-6
 # A partial sum is written and read; more splits than this cost more than they fill.
 _MOST_SPLITS = 16
 
@@ -90,6 +92,7 @@ def plan(
     distribution: str = "gaussian",
     shared: bool = False,
     transposed: bool = False,
+    tf32: bool = False,
     scratch: int | None = None,
 ) -> Plan:
     """The plan of a product with a stored weight ``[rows, cols]``.
@@ -98,6 +101,8 @@ def plan(
         rows, cols: of the weight; tokens: rows of activations a branch; branches: G; terms: K.
         itemsize: bytes of an element; architecture: of the GPU; distribution: of the noise.
         shared: activations without a branch dimension; transposed: stored ``[in, out]``.
+        tf32: float32 products may round to TF32: the matrix units have no other float32, so without
+            it float32 weights are displaced for the vendor's product.
         scratch: bytes for displaced tiles; None: half of the second-level cache, 16 MiB at least.
     """
     fan_in, fan_out = (rows, cols) if transposed else (cols, rows)
@@ -121,6 +126,7 @@ def plan(
         moved / architecture.bandwidth,
         (fused_instructions + weights * blocks * _OTHER_INSTRUCTIONS) / architecture.instructions,
     ) + 2 * stacked * weights * (1 + terms) / (rate * _FUSED_RATE)
+    fused_seconds += _LAUNCH * (1 if splits == 1 else 2)
 
     limit = scratch if scratch is not None else max(16 * MIB, architecture.cache // 2)
     line = (rows if transposed else cols) * itemsize * branches
@@ -134,10 +140,12 @@ def plan(
         2 * tokens * branches * weights / (rate * _VENDOR_RATE),
         size * branches / (3 * architecture.bandwidth),
     )
+    tile_seconds += _LAUNCH * (1 + branches) * -(-fan_out // chunk)
 
     fused = fused_seconds <= tile_seconds
     if architecture.crossover is not None:
         fused = stacked <= architecture.crossover
+    fused = fused and (itemsize == 2 or tf32)
     return Plan(
         fused=fused,
         tiles=tiles,
