@@ -432,6 +432,28 @@ def test_a_thousand_clients_fit_where_ten_do():
     assert thousand - ten < size, (ten, thousand, size)
 
 
+def test_the_notes_python_runs(tmp_path, monkeypatch, capsys):
+    """The block in fedzo/README.md, and the names in its table."""
+    from fedzo.methods import METHODS
+
+    text = (ROOT / "fedzo" / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("rounds=100", "rounds=2")
+    monkeypatch.chdir(tmp_path)
+    task = zoo.ToyTask()
+    exec(
+        code,
+        {
+            "model": zoo.build(),
+            "task": task,
+            "shards": zoo.shards(4, task),
+            "texts": [task.batch([0, 1])],
+        },
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert (tmp_path / "run.safetensors").exists()
+    assert all(f"`{name}`" in text for name in METHODS)
+
+
 def test_options_are_fields_with_defaults():
     """Every method can be made without arguments, and every option has a default."""
     from fedzo.methods import METHODS
