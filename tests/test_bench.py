@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from bench import breakdown, drift, fidelity, harness, models, peak, precision, step
+from bench import breakdown, drift, fidelity, harness, models, peak, precision, sparse, step
 from bench.peers import torchzero_peer
 from bench.peers.mezo import VARIANTS, MeZOLoop
 
@@ -398,3 +398,20 @@ def test_fidelity_scores_and_tiny_run():
         ("bf16", fidelity.PACKAGE),
         *itertools.product(fidelity.COMPUTE, fidelity.FORMS),
     }
+
+
+def test_sparse_end_to_end(tmp_path: Path):
+    arguments = ("--model", "tiny-opt", "--size", "1x8", "--rounds", 2, "--density", "0.1")
+    run(sparse.app, *arguments, "--cpu-time", "--results", tmp_path)
+    (path,) = tmp_path.rglob("sparse.csv")
+    rows = harness.read_rows(path)
+    cases = (sparse.FORWARDS, sparse.DUAL, sparse.STEP, sparse.DENSE)
+    assert sorted((r["dtype"], r["case"]) for r in rows) == sorted(
+        itertools.product(("fp32", "bf16"), cases)
+    )
+    linear = 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert {r["moving"] for r in rows} == {str(round(0.1 * linear))}
+    assert all(r["clock"] == "processor time" for r in rows)
+    assert {r["vs_two_forwards"] for r in rows if r["case"] == sparse.FORWARDS} == {"1.0"}
+    with pytest.raises(ValueError, match="'magic'"):
+        sparse.case("magic", nn.Linear(2, 2), {}, None)

@@ -24,6 +24,11 @@ Rows and columns
     for a scalar, ``(prod(shape[:-1]), shape[-1])`` otherwise. Row and column are those of the whole
     parameter: a shard or a tile passes its offset.
 
+Masks
+    Of a parameter under a mask (:mod:`zokernels.masks`) only the listed elements move. They are a
+    vector of their own under the parameter's id: the element at position ``i`` of the sorted list
+    of flat indices has row 0 and column ``i``, whatever its place in the parameter.
+
 Uniform
     ``uniform(w) = ((w >> 9) + 1/2) * 2**-23``: exact in float32, in ``[2**-24, 1 - 2**-24]``. As
     bits: ``bitcast(0x3f800000 | w >> 9) - (1 - 2**-24)``.
