@@ -39,7 +39,8 @@ bool widened(DType t) {
 
 constexpr int64_t kTokenBlock = 2048;
 constexpr int64_t kLeastBlock = 512;
-constexpr int64_t kFusedRows = 48;  // outputs of a task: eight times kMicroRows, three vectors
+// Outputs of a task, a multiple of kMicroRows; fewer where there are many threads.
+constexpr int64_t kFusedRows = 48;
 
 // The type of a fused product, if there is a kernel that beats torch's.
 std::optional<DType> fused_compute(DType dtype) {
@@ -376,7 +377,9 @@ Plan plan_product(int64_t fan_in, int64_t fan_out, int64_t tokens, int64_t branc
   const auto compute = fused_compute(dtype);
   if (compute && !transposed && few_tokens(tokens, *compute)) {
     const int64_t fill = padded_tokens(tokens) <= 64 ? kMicroRows : 4 * kMicroRows;
-    return {true, *compute, kFusedRows, (fan_out + kFusedRows - 1) / kFusedRows, tokens, 1, fill};
+    int64_t rows = kFusedRows;
+    while (rows > 2 * kMicroRows && fan_out < 2 * threads * rows) rows /= 2;
+    return {true, *compute, rows, (fan_out + rows - 1) / rows, tokens, 1, std::min(fill, rows)};
   }
   return plan_tiles(fan_in, fan_out, tokens, branches, widened(dtype) ? DType::f32 : dtype,
                     transposed, threads);
