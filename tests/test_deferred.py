@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokernels as zo
-from zokernels import deferred
+from zokernels import deferred, graphs
 
 
 @pytest.fixture
@@ -237,3 +237,88 @@ def test_the_modes_notice_what_waits() -> None:
     opt.step(batch, loss_fn)
     with NoWaiting(), NoReading(), pytest.raises(AssertionError, match="waits"):
         opt.step(batch, loss_fn)  # on the CPU a step reads its losses
+
+
+def replayed(
+    run: Callable[[], Tensor], warm_up: Callable[[], None]
+) -> tuple[Callable[[], None], Tensor]:
+    """What stands for a CUDA graph here: the same work again, into the same output."""
+    warm_up()
+    with NoWaiting(), NoReading():
+        output = torch.empty(2)
+
+    def replay() -> None:
+        with NoWaiting(), NoReading():
+            output.copy_(run())
+
+    return replay, output
+
+
+@pytest.mark.parametrize("kind", ["toy", "opt"])
+def test_a_graph_of_a_step_is_the_step(
+    on_device: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    on_device(True)
+    monkeypatch.setattr(graphs, "record", replayed)
+    loss = loss_fn if kind == "toy" else None
+
+    def data() -> list[Any]:
+        if kind == "toy":
+            spoiled = [torch.tensor(s) for s in (1.0, 1.0, float("nan"), 1.0)]
+            return [
+                (x, s) for (x, _), s in zip(batches(torch.float32, 4, ()), spoiled, strict=True)
+            ]
+        return [{k: v for k, v in mz.lm_batch().items() if k != "attention_mask"}] * 4
+
+    def go(graphed: bool) -> tuple[Any, ...]:
+        net = Toy(torch.float32) if kind == "toy" else mz.build("opt")
+        journal = zo.Trajectory()
+        opt = zo.MeZO(net, lr=1e-2, eps=1e-2, weight_decay=0.1, clip=1.0, journal=journal)
+        before = {n: p.detach().clone() for n, p in net.named_parameters()}
+        step = graphs.GraphedStep(opt, data()[0], loss) if graphed else None
+        assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for i, batch in enumerate(data()):
+                opt.param_groups[0]["lr"] = 1e-2 / (i + 1)
+                if step is None or i == 1:  # both can be mixed
+                    opt.step(batch, loss)
+                else:
+                    step(batch)
+            lines = [repr(s) for s in journal]
+        return [p.detach().clone() for p in net.parameters()], lines, repr(opt.last), opt.skipped
+
+    weights, *rest = go(False)
+    others, *same = go(True)
+    assert same == rest
+    assert rest[2] == (1 if kind == "toy" else 0)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+
+
+def test_what_a_graph_cannot_do(
+    on_device: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_device(False)
+    monkeypatch.setattr(graphs, "record", replayed)
+    (batch,) = batches(torch.float32, 1, ())
+    net = Toy(torch.float32)
+    with pytest.raises(ValueError, match="must keep its steps on one CUDA device"):
+        graphs.GraphedStep(zo.MeZO(net), batch, loss_fn)
+    on_device(True)
+    with pytest.raises(ValueError, match="momentum 0"):
+        graphs.GraphedStep(zo.MeZO(net, momentum=0.5), batch, loss_fn)
+    with pytest.raises(ValueError, match="must not be sequential"):
+        graphs.GraphedStep(zo.MeZO(net, sequential=True), batch, loss_fn)
+    opt = zo.MeZO(net, lr=1e-3)
+    step = graphs.GraphedStep(opt, batch, loss_fn)
+    for other in ((batch[0][:2], 1.0), (batch[0].double(), 1.0), (batch[0], 2.0), batch[0]):
+        with pytest.raises(ValueError, match="batch must have"):
+            step(other)
+    opt.param_groups[0]["eps"] = 0.5
+    with pytest.raises(ValueError, match="eps was changed"):
+        step(batch)
+    opt.param_groups[0]["eps"] = 1e-3
+    net.last.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad was changed"):
+        step(batch)
+    assert opt.num_steps == 0

@@ -27,6 +27,7 @@ from zokernels.branches import (
 from zokernels.capture import capture
 from zokernels.displacement import Displacement, UnknownVersionError
 from zokernels.explain import Explanation, explain
+from zokernels.graphs import GraphedStep
 from zokernels.groups import param_groups
 from zokernels.losses import causal_lm_loss, linear_cross_entropy
 from zokernels.masks import Mask, MaskFileError, MaskMismatchError
@@ -44,6 +45,7 @@ __all__ = [
     "Branches",
     "Displacement",
     "Explanation",
+    "GraphedStep",
     "Mask",
     "MaskFileError",
     "MaskMismatchError",

@@ -69,6 +69,7 @@ class Inputs:
         weights: float64 ``[groups, K]``, factors of the projected gradients in the coefficients.
         decay: float32 ``[groups, K]``.
         past: float64 ``[groups, K - n]`` projected gradients of earlier steps.
+        ends: bool ``[K]``, True for the last term.
     """
 
     seeds: Tensor
@@ -76,6 +77,7 @@ class Inputs:
     weights: Tensor
     decay: Tensor
     past: Tensor
+    ends: Tensor
 
 
 def coefficients(
@@ -103,10 +105,11 @@ def coefficients(
         & torch.isfinite(gradients).all()
         & torch.isfinite(coeffs).all()
     )
+    # Made on the device: a Python scalar here would be copied to it.
     return (
-        torch.where(finite, coeffs, 0.0),
-        torch.where(finite, inputs.decay, 1.0),
-        torch.where(finite, kept, 0.0),
+        torch.where(finite, coeffs, torch.zeros_like(coeffs)),
+        torch.where(finite, inputs.decay, torch.ones_like(inputs.decay)),
+        torch.where(finite, kept, torch.zeros_like(kept)),
     )
 
 

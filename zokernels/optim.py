@@ -168,6 +168,7 @@ class MeZO(torch.optim.Optimizer):
     _journal: Trajectory | None
     _pending: list[_Pending]  # oldest first
     _settling: bool
+    _tables: dict[tuple[tuple[tuple[float, ...], ...], torch.device], Tensor]
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class MeZO(torch.optim.Optimizer):
         self._step, self._skipped, self._warned = 0, 0, False
         self._window, self._last = (), None
         self._incoming, self._journal = None, None
-        self._pending, self._settling = [], False
+        self._pending, self._settling, self._tables = [], False, {}
         super().__init__(groups, defaults)
         self._bind()
         self.journal = journal
@@ -395,14 +396,12 @@ class MeZO(torch.optim.Optimizer):
             keys = inputs.seeds[inputs.seeds.numel() - len(seeds) :]
             losses = self._reduce_losses(self._evaluate(functions, keys, sequential))
             gradients = self._update_on_device(losses, inputs, rates)
-            self._pending.append(_Pending(self._step, seeds, rates, Fetch(losses), gradients))
-            if journal is not None:
-                journal.pending = self._settle
+            self._note(seeds, rates, losses, gradients)
         else:
             self._settle()
             losses = self._reduce_losses(self._evaluate(functions, seeds, sequential))
             self._conclude(self._step, seeds, rates, tuple(losses.tolist()), made=False)
-        self._step += 1
+            self._step += 1
         return losses.mean()
 
     def _conclude(
@@ -493,29 +492,45 @@ class MeZO(torch.optim.Optimizer):
             weights=deferred.table(weights, torch.float64, device),
             decay=deferred.table(decay, torch.float32, device),
             past=torch.cat([nothing, *earlier], dim=1),
+            ends=placed(torch.tensor([*[False] * (len(keys) - 1), True]), device),
         )
 
-    def _update_on_device(self, losses: Tensor, inputs: Inputs, rates: tuple[Rates, ...]) -> Tensor:
-        """Make the update of these losses; the projected gradients, for later steps."""
+    def _update_on_device(
+        self, losses: Tensor, inputs: Inputs, rates: tuple[Rates, ...] | None
+    ) -> Tensor:
+        """Make the update of these losses; the projected gradients, for later steps.
+
+        Without ``rates`` nothing is taken to be constant: the update of a graph.
+        """
         central = self.estimator == "central"
         coeffs, decay, gradients = deferred.coefficients(
             losses, inputs, central=central, clip=self.clip
         )
-        count = inputs.seeds.numel()
-        ends = [k == count - 1 for k in range(count)]
-        for index, (members, rate) in enumerate(zip(self._groups, rates, strict=True)):
-            decays = fp32([1.0 - rate.lr * rate.weight_decay])[0] != 1.0
-            if members and (rate.lr or decays):
+        for index, members in enumerate(self._groups):
+            moves = decays = True
+            if rates is not None:
+                decays = self._decay(rates[index], 1) != (1.0,)
+                moves = decays or rates[index].lr != 0
+            if members and moves:
                 _targets.update_(
                     members,
                     inputs.seeds,
                     coeffs[index],
                     decay[index] if decays else None,
-                    ends,
+                    inputs.ends,
                     self.distribution,
                     self.rounding,
                 )
         return gradients
+
+    def _note(
+        self, seeds: tuple[int, ...], rates: tuple[Rates, ...], losses: Tensor, gradients: Tensor
+    ) -> None:
+        """A step was made on the device: it is written down when its losses have arrived."""
+        self._pending.append(_Pending(self._step, seeds, rates, Fetch(losses), gradients))
+        if self._journal is not None:
+            self._journal.pending = self._settle
+        self._step += 1
 
     def _settle(self, *, wait: bool = True) -> None:
         """Write down the steps whose losses have arrived, or all of them."""
@@ -606,19 +621,31 @@ class MeZO(torch.optim.Optimizer):
                 else [seeds[k] for k in used]
             )
             table = [[row[k] for k in used] for row in part]
+            held: list[list[float]] | Tensor = table
+            if isinstance(seeds, Tensor):
+                held = self._kept_table(table, seeds.device)
             total: Tensor | None = None
             for function in functions:
-                losses = self._losses(function, keys, table, scale, sequential).float()
+                losses = self._losses(function, keys, held, scale, sequential).float()
                 total = losses if total is None else total + losses
             assert total is not None
             parts.append(total / len(functions) if len(functions) > 1 else total)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def _kept_table(self, rows: list[list[float]], device: torch.device) -> Tensor:
+        """Coefficients of the probes on the device: the same in every step, and in a graph."""
+        key = (tuple(map(tuple, rows)), device)
+        if key not in self._tables:
+            if len(self._tables) >= 64:  # eps has a schedule
+                self._tables.clear()
+            self._tables[key] = deferred.table(rows, torch.float32, device)
+        return self._tables[key]
+
     def _losses(
         self,
         function: Callable[[], Tensor],
         seeds: list[int] | Tensor,
-        coeffs: list[list[float]],
+        coeffs: list[list[float]] | Tensor,
         scale: Mapping[str, float],
         sequential: bool | None,
     ) -> Tensor:
@@ -638,7 +665,7 @@ class MeZO(torch.optim.Optimizer):
         bound.check()
         rewind = rewinder(p.device for p in bound.params)
         keys = seeds if isinstance(seeds, Tensor) else torch.tensor(seeds, dtype=torch.int64)
-        table = torch.tensor(coeffs, dtype=torch.float32)
+        table = torch.as_tensor(coeffs, dtype=torch.float32)
         outputs = []
         for row in table:
             rewind()
@@ -845,7 +872,7 @@ class MeZO(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_given", None)
         self.__dict__.setdefault("_mask", None)
-        self._pending, self._settling = [], False
+        self._pending, self._settling, self._tables = [], False, {}
         incoming = dict(self.__dict__.get("_incoming") or {})
         shadow: Mapping[str, Tensor] = incoming.pop("_shadow", {})
         for name, value in incoming.items():

@@ -116,7 +116,7 @@ def update_(
     seeds: Sequence[int] | Tensor,
     coeffs: Sequence[float] | Tensor,
     decay: Sequence[float] | Tensor | None,
-    ends: Sequence[bool],
+    ends: Sequence[bool] | Tensor,
     distribution: str,
     rounding: str,
 ) -> None:
@@ -126,12 +126,13 @@ def update_(
         params: parameters that get the same terms.
         seeds: K signed 64-bit seeds.
         coeffs: K coefficients, rounded to float32.
-        decay: K factors applied to the weight before each term, or None for 1. These three may be
-            tensors on the device, so that nothing waits for it.
+        decay: K factors applied to the weight before each term, or None for 1.
         ends: K flags: round to the parameter's dtype after this term. The last must be True. Of no
             consequence for masked parameters, which are trained in float32.
         distribution: ``"gaussian"`` or ``"rademacher"``.
         rounding: ``"nearest"`` or ``"stochastic"``; of no consequence for masked parameters.
+
+    Seeds, coefficients, decay and ends may be tensors on the device, so that nothing waits for it.
     """
     alike: dict[tuple[torch.device, bool], list[BoundParameter]] = {}
     for p in params:
@@ -161,7 +162,7 @@ def update_(
                 keys,
                 values,
                 factors,
-                None if all(ends) else _on(ends, torch.bool, device),
+                _on(ends, torch.bool, device),
                 ids,
                 [],
                 [],

@@ -1,0 +1,155 @@
+"""A MeZO step as a CUDA graph: one launch a step, whatever the model's number of kernels.
+
+For few tokens a forward pass takes less time on the GPU than its launches take on the host; a graph
+is replayed by one call. Seeds, learning rate and weight decay are inputs of the graph, in device
+memory of their own, so every replay is another step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zokernels import deferred
+from zokernels.optim import MeZO
+
+
+class GraphedStep:
+    """Steps of an optimizer on batches of one shape, replayed from a CUDA graph.
+
+    ::
+
+        step = zo.GraphedStep(opt, batch)      # evaluates the batch, changes nothing
+        for batch in loader:
+            loss = step(batch)                 # what opt.step(batch) does
+
+    Journal, counters, ``state_dict`` and schedulers of the learning rate work as with ``opt.step``,
+    and both can be mixed. What a graph holds cannot change: shapes, the train or eval mode,
+    ``eps``, which parameters move, Python values that the model reads. The activations of the batch
+    stay allocated for the next replay.
+
+    Args:
+        optimizer: a :class:`~zokernels.MeZO` whose steps stay on the device (see there), without
+            momentum.
+        batch: as for ``step``; tensors in tuples, lists and dicts are copied into the graph's own.
+        loss_fn: as for ``step``.
+
+    Raises:
+        ValueError: the optimizer's steps do not stay on the device, have momentum, or the model's
+            branches cannot be stacked.
+    """
+
+    def __init__(
+        self,
+        optimizer: MeZO,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> None:
+        if not optimizer._stays_on_device():
+            raise ValueError(
+                "optimizer must keep its steps on one CUDA device: nonfinite='skip', no mask, a "
+                "model, and a GPU backend that is on (python -m zokernels)"
+            )
+        if any(group["momentum"] for group in optimizer.param_groups):
+            raise ValueError("optimizer must have momentum 0: its terms would grow between replays")
+        self.optimizer = optimizer
+        leaves, self._spec = tree_flatten(batch)
+        self._batch = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        held = tree_unflatten(self._batch, self._spec)
+        self._functions, sequential = optimizer._functions(held, loss_fn, None)
+        self._rates = optimizer._rates()
+        self._flags = optimizer._requires_grad()
+        self._inputs = optimizer._inputs(optimizer._seeds(optimizer._step), self._rates)
+        if sequential:
+            raise ValueError("optimizer must not be sequential: a graph holds the stacked branches")
+        self._replay, self._losses = record(self._run, self._warm_up)
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        """Everything that happens once: comparisons, compilation, tables. No weight changes."""
+        for _ in range(2):
+            losses = self.optimizer._evaluate(self._functions, self._inputs.seeds, None)
+        self.optimizer._update_on_device(torch.full_like(losses, torch.nan), self._inputs, None)
+
+    @torch.no_grad()
+    def _run(self) -> Tensor:
+        optimizer = self.optimizer
+        losses = optimizer._evaluate(self._functions, self._inputs.seeds, None)
+        losses = optimizer._reduce_losses(losses)
+        optimizer._update_on_device(losses, self._inputs, None)
+        return losses
+
+    @torch.no_grad()
+    def __call__(self, batch: Any = None) -> Tensor:
+        """One step.
+
+        Args:
+            batch: of the captured structure and shapes; None: the same batch again.
+
+        Returns:
+            Mean loss over the branches, float32, 0-d.
+
+        Raises:
+            ValueError: another structure or shape, or ``eps`` or the moving parameters changed.
+        """
+        optimizer = self.optimizer
+        rates = optimizer._rates()
+        if [r.eps for r in rates] != [r.eps for r in self._rates]:
+            raise ValueError("eps was changed after the capture: make another GraphedStep")
+        if optimizer._requires_grad() != self._flags:
+            raise ValueError("requires_grad was changed after the capture: make another one")
+        if any(r.momentum for r in rates):
+            raise ValueError("momentum was set after the capture")
+        if batch is not None:
+            self._take(batch)
+        optimizer._settle(wait=False)
+        seeds = optimizer._seeds(optimizer._step)
+        fresh = optimizer._inputs(seeds, rates)
+        for name in ("seeds", "weights", "decay"):
+            getattr(self._inputs, name).copy_(getattr(fresh, name))
+        self._replay()
+        losses = self._losses.clone()
+        optimizer._note(seeds, rates, losses, fresh.past)
+        return losses.mean()
+
+    def _take(self, batch: Any) -> None:
+        leaves, spec = tree_flatten(batch)
+        if spec != self._spec:
+            raise ValueError("batch must have the structure of the captured one")
+        for mine, given in zip(self._batch, leaves, strict=True):
+            same = isinstance(mine, Tensor) == isinstance(given, Tensor)
+            if isinstance(mine, Tensor) and isinstance(given, Tensor):
+                same = mine.shape == given.shape and mine.dtype == given.dtype
+            elif same:
+                same = mine == given
+            if not same:
+                raise ValueError(
+                    "batch must have the shapes, dtypes and values besides tensors of the captured "
+                    "one"
+                )
+        for mine, given in zip(self._batch, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(deferred.placed(given, mine.device))
+
+
+def record(
+    run: Callable[[], Tensor], warm_up: Callable[[], None]
+) -> tuple[Callable[[], None], Tensor]:
+    """Capture ``run`` in a CUDA graph.
+
+    Returns:
+        What replays it, and its output, which every replay overwrites.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        warm_up()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return graph.replay, output
