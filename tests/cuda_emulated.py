@@ -44,7 +44,7 @@ def library() -> Path:
     output = Path(tempfile.mkdtemp(prefix="zokernels-")) / "_zokernels_cuda_emulated.so"
     torch_dir = Path(torch.__file__).parent
     compile_host(
-        [SOURCES / "binding.cpp", SOURCES / "elementwise.cu", SOURCES / "linear.cu"],
+        [SOURCES / "binding.cpp", *sorted(SOURCES.glob("*.cu"))],
         output,
         "-DZK_EMULATE",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",

@@ -79,8 +79,9 @@ def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
             re.DOTALL,
         )
         kernels |= {name: tuple(map(int, numbers)) for name, *numbers in report}
-    # displace, update, project: 2 widths x 2 distributions; products: 2 types x 2 x 3; 2 helpers.
-    assert len(kernels) == 3 * 4 + 12 + 2, sorted(kernels)
+    # displace, update, project: 2 widths x 2 distributions; vectors: 2 x 2; products: 2 types x 2
+    # x 3; 2 helpers.
+    assert len(kernels) == 3 * 4 + 2 * 2 + 12 + 2, sorted(kernels)
     for name, (stack, stores, loads, registers) in kernels.items():
         most = next((n for part, n in MOST.items() if part in name), MOST_OTHERWISE)
         assert (stack, stores, loads) == (0, 0, 0), f"{name} uses {stack} bytes of stack"
@@ -111,7 +112,7 @@ def test_the_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
         f"torch.ops.load_library({str(library)!r})\n"
         "ops = torch.ops.zokernels_cuda\n"
         "assert ops.table_bytes(3) == 3 * ops.table_bytes(1) > 0\n"
-        "for op in ('displace_', 'update_', 'project_', 'project_rows', 'linear_'):\n"
+        "for op in ('displace_', 'update_', 'project_', 'linear_', 'displace_vectors_'):\n"
         "    getattr(ops, op)\n"
         "from zokernels import _load\n"
         f"native = ctypes.CDLL({str(library)!r})\n"

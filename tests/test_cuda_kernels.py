@@ -230,7 +230,15 @@ def results(kernels: dict, dtype: torch.dtype, distribution: str, rounding: str)
     ids_of = torch.tensor([[0, 8], [3, 8], [1, 1]])
     out.append(kernels["embedding"](ids_of, w, seeds, c, *place, False))
     out.append(kernels["embedding"](ids_of, w, seeds, c, *place, True))
-    return out
+    vectors = [w[0], rand(257, dtype=dtype), rand(0, dtype=dtype), rand(1, dtype=dtype)]
+    out.append(kernels["displace_vectors"](vectors, seeds, c, [1, 2, 3, 4], distribution))
+    index = torch.arange(0, w.numel(), 7)
+    shadow = w.reshape(-1)[index].float() * (1 + 2.0**-12)
+    masked = (index, shadow, seeds, c, PID, 300, distribution)
+    out.append(kernels["sparse_displace"](w, *masked))
+    params, shadows = [w.clone()], [shadow.clone()]
+    kernels["sparse_update_"](params, [index], shadows, seeds, c[0], decay, [PID], distribution)
+    return out + params + shadows
 
 
 @pytest.mark.timeout(600)

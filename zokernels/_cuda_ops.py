@@ -71,6 +71,8 @@ class Native:
         self._update = ops.update_.default
         self._project_rows = ops.project_rows.default
         self._project = ops.project_.default
+        self._displace_vectors = ops.displace_vectors_.default
+        self._sparse_update = ops.sparse_update_.default
         self._linear = ops.linear_.default
         self._table_bytes = ops.table_bytes.default
         self._stream = stream
@@ -230,6 +232,105 @@ class Native:
                 self._stream(out.device),
             )
         return out
+
+    def _vectors(
+        self,
+        tensors: list[Tensor],
+        indices: list[Tensor],
+        shadows: list[Tensor],
+        seeds: Tensor,
+        coeffs: Tensor,
+        param_ids: list[int],
+        offset: int,
+        distribution: str,
+    ) -> Tensor:
+        lengths = [t.numel() for t in (indices or tensors)]
+        size = coeffs.shape[0] * sum(lengths)
+        out = torch.empty(size, dtype=torch.float32, device=seeds.device)
+        self._displace_vectors(
+            out,
+            tensors,
+            indices,
+            shadows,
+            seeds.contiguous(),
+            coeffs.contiguous(),
+            param_ids,
+            offset,
+            _DISTRIBUTION[distribution],
+            self._table(len(tensors), out.device),
+            self._stream(out.device),
+        )
+        return out
+
+    def displace_vectors(
+        self,
+        vectors: list[Tensor],
+        seeds: Tensor,
+        coeffs: Tensor,
+        param_ids: list[int],
+        distribution: str,
+    ) -> Tensor:
+        dense = [v.detach().contiguous() for v in vectors]
+        return self._vectors(dense, [], [], seeds, coeffs, param_ids, 0, distribution)
+
+    def sparse_displace(
+        self,
+        w: Tensor,
+        indices: Tensor,
+        shadow: Tensor,
+        seeds: Tensor,
+        coeffs: Tensor,
+        param_id: int,
+        offset: int,
+        distribution: str,
+    ) -> Tensor:
+        if not w.is_contiguous():  # its values, in torch, and their noise
+            held = torch.take(w.detach(), indices)
+            w, indices = held, torch.arange(indices.numel(), device=indices.device)
+        self._check_index("indices", indices, w.numel(), "")
+        out = self._vectors(
+            [w.detach()],
+            [indices.contiguous()],
+            [shadow.contiguous()],
+            seeds,
+            coeffs,
+            [param_id],
+            offset,
+            distribution,
+        )
+        return out.view(coeffs.shape[0], indices.numel())
+
+    def sparse_update_(
+        self,
+        params: list[Tensor],
+        indices: list[Tensor],
+        shadows: list[Tensor],
+        seeds: Tensor,
+        coeffs: Tensor,
+        decay: Tensor | None,
+        param_ids: list[int],
+        distribution: str,
+    ) -> None:
+        for param, index in zip(params, indices, strict=True):
+            self._check_index("indices", index, param.numel(), "")
+        dense = [p.detach().contiguous() for p in params]
+        held = [s.contiguous() for s in shadows]
+        self._sparse_update(
+            dense,
+            [i.contiguous() for i in indices],
+            held,
+            seeds.contiguous(),
+            coeffs.contiguous(),
+            None if decay is None else decay.contiguous(),
+            param_ids,
+            _DISTRIBUTION[distribution],
+            self._table(len(params), seeds.device),
+            self._stream(seeds.device),
+        )
+        for param, copy in zip([*params, *shadows], [*dense, *held], strict=True):
+            if copy.data_ptr() != param.data_ptr():
+                param.detach().copy_(copy)
+        _written([*params, *shadows])
 
     def takes_fused(
         self, x: Tensor, w: Tensor, tokens: int, col_offset: int, transposed: bool
@@ -518,4 +619,7 @@ class Native:
             "linear": self.linear,
             "embedding": self.embedding,
             "linear_cross_entropy": self.linear_cross_entropy,
+            "displace_vectors": self.displace_vectors,
+            "sparse_displace": self.sparse_displace,
+            "sparse_update_": self.sparse_update_,
         }

@@ -141,6 +141,7 @@ void displace_(Tensor out, std::optional<Tensor> w, Tensor seeds, std::optional<
 
 // The entries of one column width, numbered through.
 struct Tables {
+  Tables() = default;
   Tables(const std::vector<Tensor>& tensors, const std::vector<int64_t>& param_ids,
          const std::vector<int64_t>& row_offsets, const std::vector<int64_t>& col_offsets,
          int columns, bool pairs) {
@@ -229,6 +230,68 @@ void project_(Tensor out, std::vector<Tensor> vectors, Tensor seeds, std::vector
                     stream_of(stream)));
 }
 
+// A table of vectors: contiguous tensors, or the masked elements of contiguous tensors.
+Tables vectors_of(const std::vector<Tensor>& tensors, const std::vector<Tensor>& indices,
+                  const std::vector<Tensor>& shadows, const std::vector<int64_t>& param_ids,
+                  int64_t offset) {
+  Tables t;
+  int64_t out_at = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Entry e;
+    e.m.data = static_cast<char*>(tensors[i].data_ptr());
+    e.m.dtype = dtype_of(tensors[i]);
+    e.m.rows = 1;
+    e.m.cols = (indices.empty() ? tensors[i] : indices[i]).numel();
+    e.m.vec = aligned_runs(e.m.data, e.m.dtype, 1, offset, 4, {});
+    e.place = place_of(param_ids[i], 0, offset);
+    e.cut = cut_columns(offset, e.m.cols, false);
+    e.first_tile = t.tiles;
+    e.out_at = out_at;
+    if (!indices.empty()) {
+      e.indices = static_cast<const int64_t*>(indices[i].data_ptr());
+      e.shadow = static_cast<float*>(shadows[i].data_ptr());
+    }
+    out_at += e.m.cols;
+    const int64_t own = tiles_of(1, e.cut, 4);
+    if (own == 0) continue;
+    t.tiles += own;
+    t.entries.push_back(e);
+  }
+  return t;
+}
+
+// out float32, flat: for vector after vector its [branches, n]. indices and shadows may be empty.
+void displace_vectors_(Tensor out, std::vector<Tensor> tensors, std::vector<Tensor> indices,
+                       std::vector<Tensor> shadows, Tensor seeds, Tensor coeffs,
+                       std::vector<int64_t> param_ids, int64_t offset, int64_t distribution,
+                       Tensor table, int64_t stream) {
+  const Guard guard(table);
+  VectorArgs a;
+  a.distribution = static_cast<Distribution>(distribution);
+  a.terms = seeds_of(seeds);
+  a.coeffs = static_cast<const float*>(coeffs.data_ptr());
+  a.out = static_cast<float*>(out.data_ptr());
+  a.branches = coeffs.size(0);
+  a.table = vectors_of(tensors, indices, shadows, param_ids, offset)
+                .to_device(static_cast<char*>(table.data_ptr()), stream_of(stream));
+  check(displace_vectors(a, stream_of(stream)));
+}
+
+void sparse_update_(std::vector<Tensor> params, std::vector<Tensor> indices,
+                    std::vector<Tensor> shadows, Tensor seeds, Tensor coeffs,
+                    std::optional<Tensor> decay, std::vector<int64_t> param_ids,
+                    int64_t distribution, Tensor table, int64_t stream) {
+  const Guard guard(table);
+  VectorArgs a;
+  a.distribution = static_cast<Distribution>(distribution);
+  a.terms = seeds_of(seeds);
+  a.coeffs = static_cast<const float*>(coeffs.data_ptr());
+  a.decay = floats_of(decay);
+  a.table = vectors_of(params, indices, shadows, param_ids, 0)
+                .to_device(static_cast<char*>(table.data_ptr()), stream_of(stream));
+  check(sparse_update(a, stream_of(stream)));
+}
+
 // y [branches, tokens, rows], x [branches or 1, tokens, cols], all contiguous; w 16-bit, aligned.
 void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
              std::optional<Tensor> pending_seeds, std::optional<Tensor> pending_coeffs,
@@ -283,6 +346,14 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
       "int[] row_offsets, int[] col_offsets, int distribution, Tensor(b!) table, "
       "Tensor(c!) partial, int stream) -> ()");
   m.def(
+      "displace_vectors_(Tensor(a!) out, Tensor[] tensors, Tensor[] indices, Tensor[] shadows, "
+      "Tensor seeds, Tensor coeffs, int[] param_ids, int offset, int distribution, "
+      "Tensor(b!) table, int stream) -> ()");
+  m.def(
+      "sparse_update_(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] shadows, Tensor seeds, "
+      "Tensor coeffs, Tensor? decay, int[] param_ids, int distribution, Tensor(c!) table, "
+      "int stream) -> ()");
+  m.def(
       "linear_(Tensor(a!) y, Tensor x, Tensor(b!) w, Tensor? bias, Tensor seeds, Tensor coeffs, "
       "Tensor? pending_seeds, Tensor? pending_coeffs, Tensor? pending_decay, "
       "bool pending_stochastic, int param_id, int row_offset, int col_offset, int distribution, "
@@ -297,6 +368,8 @@ STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("update_", TORCH_BOX(&zk::update_));
   m.impl("project_rows", TORCH_BOX(&zk::project_rows));
   m.impl("project_", TORCH_BOX(&zk::project_));
+  m.impl("displace_vectors_", TORCH_BOX(&zk::displace_vectors_));
+  m.impl("sparse_update_", TORCH_BOX(&zk::sparse_update_));
   m.impl("linear_", TORCH_BOX(&zk::linear_));
   m.impl("table_bytes", TORCH_BOX(&zk::table_bytes));
 }

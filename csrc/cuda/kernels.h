@@ -37,6 +37,10 @@ struct Entry {
   Place place;
   Cut cut;
   int64_t first_tile = 0;
+  // vectors.cu: where the vector's outputs begin, and its mask.
+  int64_t out_at = 0;
+  const int64_t* indices = nullptr;
+  float* shadow = nullptr;
 };
 
 constexpr int kThreads = 256;
@@ -89,6 +93,19 @@ struct ProjectArgs {
   Distribution distribution = Distribution::gaussian;
   Seeds terms;
   double* partial = nullptr;  // [project_blocks(tiles), terms.count]
+};
+
+// Vectors, tiles of 4 columns a quarter. displace_vectors: out[out_at * branches + g * n + i] =
+// v[i] + sum_k coeffs[g, k] z_k[i]. sparse_update: v = v * decay_k + coeffs[k] z_k for every k,
+// into the shadow and, rounded, into the weight.
+struct VectorArgs {
+  Table table;
+  Distribution distribution = Distribution::gaussian;
+  Seeds terms;
+  const float* coeffs = nullptr;
+  const float* decay = nullptr;
+  float* out = nullptr;
+  int64_t branches = 1;
 };
 
 // y[g, t, n] = sum_c x[g, t, c] round(w[n, c] + sum_k coeffs[g, k] z_k[n, c]) + bias[g, n], 16-bit.
@@ -147,6 +164,8 @@ const char* project(const ProjectArgs&, int columns, void* stream);
 // out[k] = sum over blocks of partial[block, k].
 const char* project_sum(const double* partial, int64_t blocks, int64_t terms, float* out,
                         void* stream);
+const char* displace_vectors(const VectorArgs&, void* stream);
+const char* sparse_update(const VectorArgs&, void* stream);
 const char* linear(const LinearArgs&, void* stream);
 
 // Null when this build has code that the current device runs; else what is wrong.
