@@ -42,8 +42,8 @@ class RoundRecord:
         late: invited clients whose message came after the round was over.
         rejected: why a message did not count, by client that sent it (the last reason, where one
             sent several); messages of earlier rounds that arrived in this one are among them.
-        losses: mean of ``L(w + eps z)`` (or ``L(w)``, by backprop) over a client's batches; known
-            to the simulation, not necessarily sent.
+        losses: mean of ``L(w + eps z)`` over a client's batches (of ``L(w)``, where a method has
+            it); known to the simulation, not necessarily sent.
         lrs: learning rate by client.
         steps: local steps by client.
         scalars: statistics of the accepted projected gradients.

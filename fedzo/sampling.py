@@ -12,8 +12,8 @@ import numpy as np
 
 from zokernels.noise import derive_seed
 
-# What a draw is for: the third argument of the seed derivation.
-PARTICIPANTS, DROPOUT, STRAGGLER, EXAMPLES, RATES, CANDIDATES = range(1, 7)
+# What a draw is for. No round has such a number, so no direction has such a seed.
+PARTICIPANTS, DROPOUT, STRAGGLER, EXAMPLES, RATES, CANDIDATES = (1 << 32 | k for k in range(6))
 
 _MASK64 = (1 << 64) - 1
 

@@ -103,15 +103,7 @@ class Federation:
         checkpoint_every: int = 1,
         channel: Channel | None = None,
     ) -> None:
-        self.clients = tuple(k for k, shard in enumerate(shards) if len(shard))
-        if not self.clients:
-            raise ValueError("shards must have at least one client with examples; got none")
-        for k in self.clients:
-            low, high = min(shards[k]), max(shards[k])
-            if low < 0 or high >= task.train_size:
-                raise ValueError(
-                    f"shards[{k}] must be in [0, {task.train_size}); got {low} to {high}"
-                )
+        self.clients = _check_shards(shards, task.train_size)
         per_round = len(self.clients) if clients_per_round is None else clients_per_round
         if not 1 <= per_round <= len(self.clients):
             raise ValueError(
@@ -120,15 +112,15 @@ class Federation:
         for label, share in (("dropout", dropout), ("stragglers", stragglers)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{label} must be in [0, 1]; got {share!r}")
+        for label, count in (("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
+            if count < 1:
+                raise ValueError(f"{label} must be at least 1; got {count}")
         for label, value, allowed in (
             ("aggregate", aggregate, RULES),
             ("weights", weights, WEIGHTS),
         ):
             if value not in allowed:
                 raise ValueError(f"{label} must be one of {list(allowed)}; got {value!r}")
-        for label, count in (("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
-            if count < 1:
-                raise ValueError(f"{label} must be at least 1; got {count}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive or None; got {clip!r}")
         if aggregate != "mean" and (method.payload != "scalars" or not method.comparable):
@@ -136,6 +128,8 @@ class Federation:
                 f"aggregate {aggregate!r} compares scalars of the same directions, which clients "
                 f"of this {method.name} do not share: use 'mean' (or seeds='shared')"
             )
+        if method.prepared:
+            raise ValueError(f"method must be a fresh one; this {method.name} has been in a run")
         self.task, self.method, self.shards = task, method, shards
         self.seed, self.clients_per_round, self.batch_size = seed, per_round, batch_size
         self.dropout, self.stragglers = dropout, stragglers
@@ -143,8 +137,6 @@ class Federation:
         self.clip, self.checkpoint = clip, checkpoint
         self.checkpoint_every, self.channel = checkpoint_every, channel
 
-        if method.prepared:
-            raise ValueError(f"method must be a fresh one; this {method.name} has been in a run")
         self.model = unwrap(model).eval()
         method.prepare(
             Setting(
@@ -484,6 +476,18 @@ class _Seen:
     positions: dict[int, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+
+
+def _check_shards(shards: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
+    """The clients that have examples."""
+    clients = tuple(k for k, shard in enumerate(shards) if len(shard))
+    if not clients:
+        raise ValueError("shards must have at least one client with examples; got none")
+    for k in clients:
+        low, high = min(shards[k]), max(shards[k])
+        if low < 0 or high >= size:
+            raise ValueError(f"shards[{k}] must be in [0, {size}); got {low} to {high}")
+    return clients
 
 
 def apply_merged_(method: Method, message: bytes, base: tuple[Snapshot, ...] | None = None) -> None:
