@@ -386,7 +386,7 @@ from torch import nn
 class Bag(nn.Module):
     def __init__(self):
         super().__init__()
-        self.table, self.head = nn.Embedding(8192, 256), nn.Linear(256, 3)
+        self.table, self.head = nn.Embedding(4096, 256), nn.Linear(256, 3)
 
     def forward(self, input_ids, labels):
         logits = self.head(self.table(input_ids).mean(1))
