@@ -108,19 +108,18 @@ def run(config: RunConfig, watch: Watch = lambda row: None) -> Result:
             raise UserError(f"--resume: {error}") from error
         start = federation.round
     with metrics.Metrics(folder, upto=start, tensorboard=config.tensorboard) as rows:
-        if not rows.rows:
+        if start <= 0 and not rows.rows:
             empty = RoundRecord(round=0).to_dict() | {"phase": "start"}
             _add(rows, watch, model, empty, task.evaluate(model))
-        elif start > 0:
+        elif start > 0 and federation.last is not None:
+            if not rows.rows or rows.rows[-1]["round"] < start:
+                # Killed between the checkpoint of a round and its row.
+                _round(config, rows, watch, model, task, federation.last)
             watch(rows.rows[-1])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=FutureWarning)
             for record in federation.run(config.rounds):
-                done_now = record.round == config.rounds
-                every = config.eval_every and record.round % config.eval_every == 0
-                due = record.phase == "train" and (done_now or bool(every))
-                scores = task.evaluate(model) if due else {}
-                _add(rows, watch, model, record.to_dict(), scores)
+                _round(config, rows, watch, model, task, record)
         result = _result(config, federation, model, rows.rows)
     _write(folder / RESULT, dataclasses.asdict(result))
     return result
@@ -320,6 +319,20 @@ def _open_folder(config: RunConfig, folder: Path, data: str) -> None:
     except OSError as error:
         raise UserError(f"--output {folder} cannot be created: {error}") from error
     _write(path, {"config": config.model_dump(), "data": data})
+
+
+def _round(
+    config: RunConfig,
+    rows: metrics.Metrics,
+    watch: Watch,
+    model: nn.Module,
+    task: LanguageTask,
+    record: RoundRecord,
+) -> None:
+    """Add a round's row, with held-out scores where they are due."""
+    every = config.eval_every and record.round % config.eval_every == 0
+    due = record.phase == "train" and (record.round == config.rounds or bool(every))
+    _add(rows, watch, model, record.to_dict(), task.evaluate(model) if due else {})
 
 
 def _add(

@@ -102,8 +102,10 @@ def test_a_run_that_stopped_goes_on_to_the_same_numbers(place, tmp_path):
     parts = fields(place, tmp_path / "parts")
     with pytest.raises(Stop):
         experiment.run(build(RunConfig, parts), stop)
-    with (tmp_path / "parts" / metrics.LINES).open("a") as file:
-        file.write('{"round": 4, "loss": 1')  # a line that a kill cut short
+    # A kill between the checkpoint of round 3 and its line, which it cut short.
+    path = tmp_path / "parts" / metrics.LINES
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:20])
     resumed = experiment.run(build(RunConfig, {**parts, "resume": True}))
     assert resumed.after == whole.after and resumed.bytes_up == whole.bytes_up
     times = ("seconds", "total_seconds", "memory")
