@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.fed.bed import Bed, arguments, spread
 from bench.harness import listed
+from bench.plots import COLOURS, panels, save
 
 # Case -> method, its options, the first grid of learning rates.
 CASES: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
@@ -52,24 +53,35 @@ def main() -> None:
 
 
 def report(bed: Bed) -> None:
-    """The table: mean and standard deviation over seeds."""
+    """Table and picture: mean and standard deviation over seeds."""
     rows = [row for row in bed.rows() if row["phase"] == "final"]
     print(
         "| T | rounds | case | moving | lr | loss before | loss after | uplink | dense / uplink |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for steps in dict.fromkeys(row["T"] for row in rows):
-        for case in dict.fromkeys(row["case"] for row in rows):
-            own = [row for row in rows if (row["T"], row["case"]) == (steps, case)]
-            if own:
-                mean, deviation = spread([float(row["loss"]) for row in own])
-                first = own[0]
-                ratio = float(first["dense_uplink"]) / float(first["uplink"])
-                print(
-                    f"| {steps} | {first['rounds']} | {case} | {first['moving']} | {first['lr']} | "
-                    f"{float(first['loss_before']):.4f} | {mean:.4f} ± {deviation:.4f} | "
-                    f"{first['uplink']} B | {ratio:,.0f}x |"
-                )
+    figure, axes = panels(1)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    for i, case in enumerate(cases):
+        points = []
+        for steps in sorted({int(row["T"]) for row in rows}):
+            own = [row for row in rows if (row["T"], row["case"]) == (str(steps), case)]
+            if not own:
+                continue
+            mean, deviation = spread([float(row["loss"]) for row in own])
+            first = own[0]
+            ratio = float(first["dense_uplink"]) / float(first["uplink"])
+            points.append((steps, mean, deviation))
+            print(
+                f"| {steps} | {first['rounds']} | {case} | {first['moving']} | {first['lr']} | "
+                f"{float(first['loss_before']):.4f} | {mean:.4f} ± {deviation:.4f} | "
+                f"{first['uplink']} B | {ratio:,.0f}x |"
+            )
+        x, y, error = zip(*points, strict=True)
+        axes[0].errorbar(x, y, error, label=case, color=COLOURS[i], marker="o", capsize=3)
+    axes[0].axhline(float(rows[0]["loss_before"]), color="#bbbbbb", linewidth=1, label="before")
+    axes[0].set(xscale="log", xlabel="local steps a round, T", ylabel="held-out loss")
+    axes[0].legend(fontsize=7)
+    save(figure, bed.path)
 
 
 if __name__ == "__main__":
