@@ -111,7 +111,8 @@ class Bed:
             [dict(row)],
             key=self.key,
             results=self.args.results,
-            notes={"options": {k: str(v) for k, v in vars(self.args).items()}},
+            # The names of files, not where they happened to lie.
+            notes={"options": {k: Path(str(v)).name for k, v in vars(self.args).items()}},
         )
 
     def federation(
