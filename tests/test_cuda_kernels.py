@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import cuda_emulated
@@ -22,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zokernels import cpp, noise, reference
+from zokernels import _registry, cpp, noise, reference
 from zokernels._cuda_ops import FUSED_TOKENS, Native
+from zokernels.planner import plan_linear
 
 PID = 0x9ABCDEF0
 HALVES = [torch.bfloat16, torch.float16]
@@ -483,3 +485,64 @@ def fused_digest(dtype: torch.dtype) -> bytes:
     )
     parts = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in (w, y)]
     return hashlib.sha256(b"".join(parts)).digest()
+
+
+# --- choosing the backend -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, _registry.Backend]]:
+    """A registry with all three GPU backends on, each with a kernel that gives its name."""
+    fakes = {
+        name: _registry.Backend(name, ("cuda",), {"linear": lambda name=name: name})
+        for name in ("triton", "cuda")
+    }
+    fakes["reference"] = _registry.Backend("reference", ("*",), {"linear": lambda: "reference"})
+    monkeypatch.setattr(_registry, "_backends", fakes)
+    monkeypatch.setattr(_registry, "_forced", None)
+    monkeypatch.setattr(_registry, "_table", {})
+    yield fakes
+
+
+def test_cuda_serves_where_triton_does_not(
+    serving: dict[str, _registry.Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list(_registry._KNOWN)
+    assert names.index("triton") < names.index("cuda") < names.index("reference")
+    assert _registry.serving("linear", "cuda") == "triton"
+    monkeypatch.setitem(_registry._FASTER, "linear", "cuda")
+    assert _registry.serving("linear", "cuda") == "cuda"
+    monkeypatch.delitem(_registry._FASTER, "linear")
+    with _registry.use_backend("cuda"):
+        assert _registry.serving("linear", "cuda") == "cuda"
+    serving["triton"].reason = "not installed"
+    assert _registry.serving("linear", "cuda") == "cuda"
+    serving["cuda"].reason = "not built"
+    assert _registry.serving("linear", "cuda") == "reference"
+
+
+def test_the_backend_says_why_it_is_off() -> None:
+    reason = _registry.backends()["cuda"].reason
+    if torch.version.cuda is None:
+        assert reason is not None
+        assert "built without CUDA" in reason
+    elif not torch.cuda.is_available():
+        assert reason is not None
+        assert "no CUDA device" in reason
+    elif reason is not None:
+        assert "_zokernels_cuda.so" in reason
+
+
+def test_the_plan_of_a_product_is_the_backends(
+    serving: dict[str, _registry.Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving["triton"].reason = "not installed"
+    fused = plan_linear(512, 264, tokens=64, branches=4, dtype=torch.bfloat16, device="cuda")
+    assert (fused.kind, fused.scratch_bytes, fused.noise) == ("fused", 0, 2 * 512 * 264)
+    for change in ({"tokens": 65}, {"dtype": torch.float32}, {"transposed": True}):
+        given = {"tokens": 64, "dtype": torch.bfloat16, "device": "cuda", **change}
+        assert plan_linear(512, 264, **given).kind == "tiles"
+    # As many outputs as 16 MiB hold, and no more scratch than that.
+    wide = plan_linear(40000, 4096, tokens=100, dtype=torch.bfloat16, device="cuda")
+    assert wide.scratch_bytes == 16 << 20
+    assert wide.tiles == -(-40000 // wide.tile_outputs)

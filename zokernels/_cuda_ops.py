@@ -44,6 +44,14 @@ def _matrix(t: Tensor) -> Tensor | None:
         return None
 
 
+def tile_outputs(
+    fan_in: int, fan_out: int, branches: int, itemsize: int, target: int = TILE_BYTES
+) -> int:
+    """Outputs a scratch tile of a product holds: a multiple of 256, or all."""
+    step = max(1, target // (branches * fan_in * itemsize))
+    return min(fan_out, (step + 255) // 256 * 256)
+
+
 def _lead(x: Tensor, shared: bool) -> tuple[int, ...]:
     return tuple(x.shape if shared else x.shape[1:])
 
@@ -430,8 +438,7 @@ class Native:
         """Displace a tile of outputs for all branches into scratch, and multiply it."""
         branches = coeffs.shape[0]
         fan_in, fan_out = (w.shape[0], w.shape[1]) if transposed else (w.shape[1], w.shape[0])
-        step = max(1, TILE_BYTES // (branches * fan_in * w.element_size()))
-        step = min(fan_out, (step + 255) // 256 * 256)
+        step = tile_outputs(fan_in, fan_out, branches, w.element_size(), TILE_BYTES)
         shape = (fan_in, step) if transposed else (step, fan_in)
         scratch = torch.empty((branches, *shape), dtype=w.dtype, device=w.device)
         y = torch.empty((branches, x.shape[1], fan_out), dtype=w.dtype, device=w.device)

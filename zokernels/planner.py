@@ -10,7 +10,8 @@ Plans, all giving the same numbers:
     the vendor's matrix product multiplies it (CPU; measurements in ``csrc/README.md``).
 On a GPU (Triton): ``fused`` draws the noise inside the matrix product and splits it over programs,
 ``tiles`` displaces as many outputs as fit half of the second-level cache and calls cuBLAS; the
-choice is a model's (:mod:`zokernels.triton.plan`) with data per architecture.
+choice is a model's (:mod:`zokernels.triton.plan`) with data per architecture. The CUDA backend
+fuses up to 64 tokens a branch and has scratch tiles of 16 MiB.
 
 ``whole``
     The displaced weight of one branch at a time, whole, and torch's product: the reference backend.
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from zokernels import _registry
+from zokernels._cuda_ops import FUSED_TOKENS, tile_outputs
 from zokernels.triton.devices import architecture, of_device
 from zokernels.triton.plan import plan
 
@@ -90,7 +92,16 @@ def plan_linear(
             rows, cols, tokens, branches, terms, size, device, transposed, distribution
         )
     kind, outputs, tiles, blocks, held = "whole", fan_out, 1, 1, rows * cols * size
-    if _registry.serving("linear", device) == "cpp":
+    serving = _registry.serving("linear", device)
+    if serving == "cuda":
+        # Two branches from one draw, in every plan.
+        blocks = -(-branches // 2)
+        if dtype != torch.float32 and not transposed and cols % 8 == 0 and tokens <= FUSED_TOKENS:
+            kind, held = "fused", 0
+        else:
+            kind, outputs = "tiles", tile_outputs(fan_in, fan_out, branches, size)
+            tiles, held = -(-fan_out // outputs), branches * outputs * fan_in * size
+    if serving == "cpp":
         from zokernels import cpp
 
         workers = threads or torch.get_num_threads()
