@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedzo.messages import SHARED, Block, Order
-from fedzo.methods.base import Method, Reports, Rule, Site, at_least_one
+from fedzo.methods.base import Method, Reports, Rule, Site, at_least_one, choice
 from fedzo.sampling import CANDIDATES, generator
 from fedzo.space import Update
 from zokernels.noise import derive_seed
 from zokernels.subset import fp32
+
+UNSEEN = ("mean", "least")
 
 
 @dataclass(kw_only=True)
@@ -30,9 +32,8 @@ class FedKSeed(Method):
 
     A client's draws derive from the run's seed, so it sends T scalars and no indices.
 
-    FedKSeed-Pro draws seed ``s`` with the probability ``softmax(minmax(mean |g| of s))``. Seeds
-    never drawn count as the mean of the drawn ones; where all are equal the draw is uniform
-    [both reconstructed].
+    FedKSeed-Pro draws seed ``s`` with the probability ``softmax(minmax(mean |g| of s))``; where all
+    are equal the draw is uniform.
 
     The weights of a round are always formed from the first weights of the run, of which one more
     copy is kept.
@@ -40,6 +41,8 @@ class FedKSeed(Method):
     Args:
         candidates: K.
         pro: FedKSeed-Pro.
+        unseen: what a seed never drawn counts as: the ``"mean"`` of the drawn ones, or the
+            ``"least"`` of them [reconstructed].
         steps: T.
         Otherwise as :class:`~fedzo.methods.base.Method`; ``seeds`` has no effect.
     """
@@ -52,6 +55,7 @@ class FedKSeed(Method):
     steps: int = 200
     candidates: int = 4096
     pro: bool = False
+    unseen: str = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +67,7 @@ class FedKSeed(Method):
         """Raise ValueError for an option out of range."""
         super().check()
         at_least_one(self, "candidates")
+        choice(self, "unseen", UNSEEN)
 
     @property
     def comparable(self) -> bool:
@@ -89,7 +94,7 @@ class FedKSeed(Method):
 
     def probabilities(self) -> list[float]:
         """Of each candidate, for Pro."""
-        return [float(p) for p in seed_probabilities(self.sizes, self.counts)]
+        return [float(p) for p in seed_probabilities(self.sizes, self.counts, self.unseen)]
 
     def client(self, site: Site, order: Order) -> list[float]:
         """T steps along candidates drawn at random."""
@@ -141,19 +146,22 @@ class FedKSeed(Method):
         self.counts = [int(n) for n in state["counts"]]
 
 
-def seed_probabilities(sizes: Sequence[float], counts: Sequence[int]) -> NDArray[np.float64]:
+def seed_probabilities(
+    sizes: Sequence[float], counts: Sequence[int], unseen: str = "mean"
+) -> NDArray[np.float64]:
     """``softmax(minmax(mean |g|))`` over the candidates; see :class:`FedKSeed`.
 
     Args:
         sizes: sum of ``|g|`` by candidate.
         counts: how often each was drawn.
+        unseen: see :class:`FedKSeed`.
     """
     total, drawn = np.asarray(sizes, dtype=np.float64), np.asarray(counts)
     seen = drawn > 0
     if not seen.any():
         return np.full(len(drawn), 1 / len(drawn))
     means = np.divide(total, drawn, out=np.zeros_like(total), where=seen)
-    means[~seen] = means[seen].mean()
+    means[~seen] = means[seen].mean() if unseen == "mean" else means[seen].min()
     spread = means.max() - means.min()
     scaled = (means - means.min()) / spread if spread > 0 else np.zeros_like(means)
     weights = np.exp(scaled)

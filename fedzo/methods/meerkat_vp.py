@@ -56,6 +56,7 @@ class MeerkatVP(Calibrated, Meerkat):
             initial window [reconstructed].
         sigma_share: see ``sigma`` [reconstructed].
         tau_later, tau_quiet: thresholds of the two statistics [reconstructed].
+        absolute: take ``|GradIP|``, as above; False: GradIP with its sign [reconstructed].
         rule: ``"all"``: both must exceed their thresholds; ``"any"``: one must [paper: all].
         flagged_steps: local steps of a flagged client.
         Otherwise as :class:`~fedzo.methods.meerkat.Meerkat`; GradIP is always computed.
@@ -71,6 +72,7 @@ class MeerkatVP(Calibrated, Meerkat):
     sigma_share: float = 0.1
     tau_later: float = 3.0
     tau_quiet: float = 0.8
+    absolute: bool = True
     rule: str = "all"
     flagged_steps: int = 1
 
@@ -119,6 +121,7 @@ class MeerkatVP(Calibrated, Meerkat):
             sigma_share=self.sigma_share,
             tau_later=self.tau_later,
             tau_quiet=self.tau_quiet,
+            absolute=self.absolute,
             rule=self.rule,
         )
 
@@ -155,6 +158,7 @@ def vpcs(
     sigma_share: float = 0.1,
     tau_later: float = 3.0,
     tau_quiet: float = 0.8,
+    absolute: bool = True,
     rule: str = "all",
 ) -> Signature:
     """Client selection by virtual path for one client; see :class:`MeerkatVP`.
@@ -162,7 +166,7 @@ def vpcs(
     Args:
         trajectory: GradIP of every calibration step, at least ``max(initial, later)``.
         initial, later: windows, in steps.
-        sigma, sigma_share, tau_later, tau_quiet, rule: see :class:`MeerkatVP`.
+        sigma, sigma_share, tau_later, tau_quiet, absolute, rule: see :class:`MeerkatVP`.
 
     Raises:
         ValueError: the trajectory is too short.
@@ -171,9 +175,10 @@ def vpcs(
         raise ValueError(
             f"the trajectory must have at least {max(initial, later)} steps; got {len(trajectory)}"
         )
-    sizes = [abs(x) for x in trajectory]
+    sizes = [abs(x) if absolute else x for x in trajectory]
     first, last = sizes[:initial], sizes[-later:]
-    rho_later = (math.fsum(first) / initial) / (math.fsum(last) / later + _TINY)
+    size = math.fsum(last) / later + _TINY
+    rho_later = math.fsum(first) / initial / size if size else math.inf
     limit = sigma if sigma is not None else sigma_share * statistics.median(first)
     rho_quiet = sum(x < limit for x in last) / later
     together = all if rule == "all" else any

@@ -155,6 +155,12 @@ def test_pro_probabilities_are_softmax_of_minmax():
     scaled = [(m - 1.0) / 2.0 for m in means]
     want = [math.exp(s) / sum(map(math.exp, scaled)) for s in scaled]
     assert seed_probabilities(sizes, counts).tolist() == pytest.approx(want)
+    assert (
+        seed_probabilities(sizes, counts, "least")[2]
+        == seed_probabilities(sizes, counts, "least").min()
+    )
+    with pytest.raises(ValueError, match="unseen must be one of"):
+        FedKSeed(unseen="none")
     assert seed_probabilities([0.0] * 4, [0] * 4).tolist() == [0.25] * 4
     assert seed_probabilities([3.0] * 4, [3] * 4).tolist() == pytest.approx([0.25] * 4)
 

@@ -242,6 +242,16 @@ def test_silence_is_no_division_by_zero():
         vpcs([1.0] * 10, initial=20, later=50)
 
 
+def test_gradip_with_its_sign():
+    """``absolute=False`` is the same formulas on the signed values; a zero mean is no crash."""
+    s = vpcs([4.0, 2.0, 1.0, -0.5], initial=2, later=2, sigma=0.0, absolute=False)
+    assert s.later == pytest.approx(3.0 / 0.25) and s.quiet == 0.5
+    zero = vpcs([4.0, 2.0, 1.0, -1.0], initial=2, later=2, absolute=False)
+    assert zero.later > 1e9
+    exactly = vpcs([1.0, -1.0, -1e-30, -1e-30], initial=2, later=2, absolute=False)
+    assert not math.isnan(exactly.later)
+
+
 def test_calibration_moves_nothing_and_comes_once(tmp_path):
     file = tmp_path / "run.safetensors"
     fed = zoo.federation("meerkat_vp", clients_per_round=2, checkpoint=file)
