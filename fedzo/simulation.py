@@ -222,6 +222,7 @@ class Federation:
             ],
             self._add if dense else None,
         )
+        self.space.renew()
         self._sum, self._weight = {}, 0.0
         self._orders = dict(orders)
         for sender, data in self._late:

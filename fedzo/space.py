@@ -61,20 +61,24 @@ class Update:
 
     @classmethod
     def path(cls, steps: Iterable[Update]) -> Update:
-        """Steps one after another, each with its own rounding: a client's virtual path."""
+        """Steps one after another, each with its own rounding: a client's virtual path.
+
+        A step whose coefficients are all 0 is left out, as :meth:`Space.apply_` leaves it out.
+        """
         listed = list(steps)
         if not listed:
             return cls(())
-        return cls(
-            tuple(
+        groups = []
+        for steps_ in zip(*(step.groups for step in listed), strict=True):
+            kept = [terms for terms in steps_ if any(terms.coeffs)]
+            groups.append(
                 Terms(
-                    tuple(s for step in group for s in step.seeds),
-                    tuple(c for step in group for c in step.coeffs),
-                    tuple(e for step in group for e in step.ends),
+                    tuple(s for terms in kept for s in terms.seeds),
+                    tuple(c for terms in kept for c in terms.coeffs),
+                    tuple(e for terms in kept for e in terms.ends),
                 )
-                for group in zip(*(step.groups for step in listed), strict=True)
             )
-        )
+        return cls(tuple(groups))
 
     @classmethod
     def sum(cls, steps: Iterable[Update]) -> Update:
@@ -170,7 +174,7 @@ class Space:
     # --- updates ----------------------------------------------------------------------------------
 
     def apply_(self, update: Update) -> None:
-        """Add an update in one fused pass a group.
+        """Add an update in one fused pass a group; one without a coefficient changes nothing.
 
         Raises:
             ValueError: the number of groups differs, or a coefficient is not finite in float32.
@@ -205,6 +209,10 @@ class Space:
         if not self._fresh:
             self._hold()
         self._moved = True
+
+    def renew(self) -> None:
+        """The weights are whatever they are now: the copy is taken again before they move."""
+        self._fresh = False
 
     def restore_(self) -> None:
         """The server's weights again, bit for bit."""

@@ -123,6 +123,43 @@ def test_a_client_that_was_away_catches_up(name, dtype):
         assert not zoo.differing(zoo.weights(other.model), kept[-1])
 
 
+@pytest.mark.parametrize("name", ["full_fedzo", "fedspzo", "meerkat"])
+def test_steps_of_zero_leave_even_the_sign_of_zero(name):
+    """A loss that does not change moves nothing; the path of such steps is as exact as any."""
+    model = zoo.build()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-0.0)
+    fed = zoo.federation(name, model=model, options={"density": 0.1} if name == "meerkat" else {})
+    order = fed.method.order(1, 0)
+    start = {n: v.clone() for n, v in fed.space.values().items()}
+    assert any(bool((v.signbit() & (v == 0)).any()) for v in start.values())
+    n = fed.method.per_step
+    scalars = [0.0] * n + [0.5] * n + [0.0] * (n * (order.steps - 2))
+    for step in fed.method.steps_of(1, fed.method.owner(order), fed.method.rates(order, scalars)):
+        fed.space.apply_(step)
+    apart = {n: v.clone() for n, v in fed.space.values().items()}
+    fed.space.load_(start)
+    fed.space.apply_(fed.method.path(order, scalars))
+    assert not zoo.differing(fed.space.values(), apart)
+    fed.space.load_(start)
+    fed.space.apply_(fed.method.path(order, [0.0] * len(scalars)))
+    assert not zoo.differing(fed.space.values(), start)
+
+
+def test_weights_changed_between_rounds_are_the_servers():
+    """Whoever writes the weights between rounds has the last word."""
+    fed = zoo.federation("full_fedzo", dropout=0.0, channel=lambda client, data: [])
+    rounds = fed.run(2)
+    assert next(rounds).accepted == ()
+    with torch.no_grad():
+        for p in fed.model.parameters():
+            p.add_(1e-3)
+    changed = zoo.weights(fed.model)
+    next(rounds)
+    assert not zoo.differing(zoo.weights(fed.model), changed)
+
+
 @pytest.mark.parametrize("name", ["full_fedzo", "meerkat", "fedmezo", "lora_fedzo", "fedspzo"])
 def test_tensors_and_scalars_give_the_same_weights(name):
     """The mean of the clients' weights, sent dense or as scalars: equal to float32 rounding."""
