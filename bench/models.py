@@ -43,8 +43,10 @@ def _smollm(**kwargs: object) -> PreTrainedConfig:
 def config(name: str, **overrides: int) -> PreTrainedConfig:
     """Configuration of a benchmark model.
 
-    Names: ``opt-125m``, ``smollm2-135m`` (their published shapes), ``tiny-opt``, ``tiny-llama``,
-    and ``<name>-skeleton``: the same depth at width 16, where all that is left is dispatch.
+    Names: ``opt-125m``, ``opt-1.3b``, ``opt-6.7b``, ``opt-13b``, ``llama-3.2-1b``,
+    ``smollm2-135m`` (their published shapes), ``tiny-opt``, ``tiny-llama``, and
+    ``<name>-skeleton`` of the two smallest: the same depth at width 16, where all that is left is
+    dispatch.
 
     Raises:
         ValueError: unknown name.
@@ -61,6 +63,28 @@ def config(name: str, **overrides: int) -> PreTrainedConfig:
             return _opt(**overrides)
         case "smollm2-135m":
             return _smollm(**overrides)
+        case "opt-1.3b" | "opt-6.7b" | "opt-13b":
+            hidden, layers, heads = {"1.3b": (2048, 24, 32), "6.7b": (4096, 32, 32)}.get(
+                name.removeprefix("opt-"), (5120, 40, 40)
+            )
+            sizes = {
+                "hidden_size": hidden,
+                "word_embed_proj_dim": hidden,
+                "ffn_dim": 4 * hidden,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+            }
+            return _opt(**{**sizes, **overrides})
+        case "llama-3.2-1b":
+            sizes = {
+                "vocab_size": 128256,
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 16,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            }
+            return _smollm(**{**sizes, **overrides})
         case "tiny-opt":
             extra = {
                 "ffn_dim": 64,

@@ -50,7 +50,6 @@ class Variant:
     types: dict[str, str]
     warps: int = 4
     stages: int = 1
-    logarithms: int = 0  # besides those of the noise
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,6 @@ def fused_tiles(stacked: int, itemsize: int, transposed: bool) -> list[Tiles]:
     if transposed:
         wide = Tiles(64, 32, 32, 8, 3) if itemsize == 2 else Tiles(64, 16, 16, 4, 2)
         return [wide, least] if stacked > 16 else [Tiles(64, 16, 16, 4, 2), least]
-    if stacked <= 16:
-        return [Tiles(64, 16, 16, 4, 3), least]
     if stacked <= 32 or itemsize == 4:
         return [Tiles(64, 32, 16, 4, 3 if itemsize == 2 else 2), least]
     # Twice as many outputs as rows: then a warp owns rows of the weight and no noise is shared.
