@@ -2,8 +2,8 @@
 
     python -m bench.fed.clients
 
-Every client makes two local steps of Meerkat (random mask, density 0.1%) or of Full-FedZO on the
-one copy of the model; with Full-FedZO every weight moves, so one copy of them is held.
+Every client makes local steps of Meerkat (random mask, density 0.1%) or of Full-FedZO on the one
+copy of the model; with Full-FedZO and two steps every weight moves, so one copy of them is held.
 ``total_mib`` is the peak resident set of the process, ``of_first`` its ratio to the first case.
 """
 
@@ -22,7 +22,7 @@ from bench import harness, models, peak
 from fedzo.methods import make
 from fedzo.simulation import Federation
 
-KEY = ("model", "dtype", "method", "clients")
+KEY = ("model", "dtype", "method", "steps", "clients")
 PER_CLIENT = 4
 
 
@@ -58,12 +58,12 @@ class Tokens:
 
 
 def case(
-    model: str, dtype: str, method: str, clients: int, rounds: int, length: int
+    model: str, dtype: str, method: str, clients: int, steps: int, rounds: int, length: int
 ) -> Callable[[], object]:
     """Set-up of one case for :mod:`bench.peak`: the work is a run of some rounds."""
     built = models.build(model, dtype)
     task = Tokens(built, PER_CLIENT * clients, length)
-    options = {"steps": 2, **({"payload": "scalars"} if method == "full_fedzo" else {})}
+    options = {"steps": steps, **({"payload": "scalars"} if method == "full_fedzo" else {})}
     shards = [range(PER_CLIENT * k, PER_CLIENT * (k + 1)) for k in range(clients)]
 
     def work() -> None:
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=sorted(models.DTYPES))
     parser.add_argument("--methods", default="random_mask", help="by comma")
     parser.add_argument("--clients", default="10,1000", help="by comma")
+    parser.add_argument("--steps", type=int, default=2, help="local steps of a client")
     parser.add_argument("--length", type=int, default=16, help="tokens of an example")
     parser.add_argument("--results", type=Path, help="folder instead of bench/results")
     given = parser.parse_args()
@@ -98,6 +99,7 @@ def main() -> None:
                 dtype=given.dtype,
                 method=method,
                 clients=count,
+                steps=given.steps,
                 rounds=3 if count < 100 else 1,
                 length=given.length,
             )
@@ -110,6 +112,7 @@ def main() -> None:
                     "dtype": given.dtype,
                     "method": method,
                     "clients": count,
+                    "steps": given.steps,
                     "tokens": given.length,
                     "total_mib": round(total / 2**20, 1),
                     "over_mib": round(over / 2**20, 1),
