@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import fed_zoo as zoo
 import pytest
 import torch
 from torch import Tensor
 
-from fedzo.messages import Report
+from fedzo.messages import Merged, Order, Report
+from fedzo.methods import Method
 from fedzo.simulation import apply_merged_
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -175,6 +179,41 @@ def test_tensors_and_scalars_give_the_same_weights(name):
         assert float((a - finals[1][n]).abs().max()) <= 1e-3 * float(change) + 1e-6, n
     assert any(not zoo.same_bits(start[n], a) for n, a in finals[0].items())
     assert sizes[1] > 2 * sizes[0]
+
+
+@dataclass(kw_only=True)
+class SignMeZO(Method):
+    """A method of one's own: steps of one size, along the sign of the projected gradient."""
+
+    name: ClassVar[str] = "sign_mezo"
+    lr: float = 1e-2
+
+    def rates(self, order: Order, scalars: Iterable[float]) -> list[float]:
+        return [-order.lr * math.copysign(1.0, g) for g in scalars]
+
+
+def test_a_new_method_is_a_few_lines():
+    """Paths, merging and catch-up follow from what its scalars do to the weights."""
+    task = zoo.ToyTask()
+    feds = [
+        zoo.Federation(zoo.build(), task, SignMeZO(steps=3), zoo.shards(3, task), batch_size=2)
+        for _ in range(2)
+    ]
+    ends: list[tuple[Any, Any, Any, Any]] = []
+    zoo.spy(feds[0], lambda o, s, g: ends.append((o, s, g, copy.deepcopy(feds[0].space.values()))))
+    list(feds[0].run(2))
+    final = zoo.weights(feds[0].model)
+    for order, start, scalars, end in ends:
+        feds[0].space.load_(start)
+        feds[0].space.apply_(feds[0].method.path(order, scalars))
+        assert not zoo.differing(feds[0].space.values(), end)
+    for update in feds[0].updates(0):
+        (block,) = Merged.decode(update).blocks
+        assert all(
+            abs(3e2 * x) == pytest.approx(round(abs(3e2 * x)), abs=1e-5) for x in block.values
+        )
+        apply_merged_(feds[1].method, update)
+    assert not zoo.differing(zoo.weights(feds[1].model), final)
 
 
 def test_the_mean_of_clients_is_the_plain_mean():
