@@ -38,10 +38,8 @@ def compile_host(
     assert done.returncode == 0, done.stderr
 
 
-@functools.cache
-def library() -> Path:
-    """The emulated library, built once a run."""
-    output = Path(tempfile.mkdtemp(prefix="zokernels-")) / "_zokernels_cuda_emulated.so"
+def build(output: Path, *flags: str) -> None:
+    """Build the emulated backend."""
     torch_dir = Path(torch.__file__).parent
     compile_host(
         [SOURCES / "binding.cpp", *sorted(SOURCES.glob("*.cu"))],
@@ -50,8 +48,20 @@ def library() -> Path:
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-fvisibility=hidden",
         f"-isystem{torch_dir / 'include'}",
+        *flags,
         libraries=(f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"),
     )
+
+
+@functools.cache
+def library() -> Path:
+    """The emulated library, loaded: ZOKERNELS_CUDA_EMULATED, or built once a run."""
+    given = os.environ.get("ZOKERNELS_CUDA_EMULATED")
+    if given:
+        output = Path(given)
+    else:
+        output = Path(tempfile.mkdtemp(prefix="zokernels-")) / "_zokernels_cuda_emulated.so"
+        build(output)
     torch.ops.load_library(str(output))
     return output
 

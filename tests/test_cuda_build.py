@@ -48,6 +48,7 @@ def test_the_architectures_are_the_promised_ones() -> None:
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
@@ -89,6 +90,7 @@ def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
     """CMake with ZOKERNELS_CUDA=ON, one architecture: the ops register without a driver."""
@@ -121,6 +123,31 @@ def test_the_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@needs_nvcc
+def test_auto_builds_for_a_cuda_torch(tmp_path: Path) -> None:
+    """The same headers and libraries under a version that says CUDA."""
+    real, fake = Path(torch.__file__).parent, tmp_path / "torch"
+    fake.mkdir()
+    for part in ("include", "lib"):
+        (fake / part).symlink_to(real / part)
+    (fake / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    command = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path / "build")]
+    command += [f"-DZOKERNELS_TORCH_DIR={fake}", "-DZOKERNELS_CPU_BACKEND=OFF"]
+    for given, built in (("AUTO", True), ("OFF", False)):
+        done = subprocess.run(
+            [*command, f"-DZOKERNELS_CUDA={given}", f"-DCMAKE_CUDA_COMPILER={NVCC}"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        helped = subprocess.run(
+            ["cmake", "--build", str(tmp_path / "build"), "--target", "help"],
+            capture_output=True,
+            text=True,
+        )
+        assert ("zokernels_cuda" in helped.stdout) is built
 
 
 def test_auto_builds_nothing_for_a_cpu_torch(tmp_path: Path) -> None:

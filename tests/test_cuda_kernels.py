@@ -329,6 +329,45 @@ def test_threads_in_another_order_give_the_same_bits() -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:
+    """The kernels under the address sanitizer: what a memory checker is to a GPU."""
+    output = tmp_path / "_zokernels_cuda_emulated.so"
+    cuda_emulated.build(output, "-fsanitize=address", "-O1")
+    runtimes = [
+        subprocess.run(
+            [cuda_emulated.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    code = (
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_cuda_kernels as t\n"
+        "kernels = t.native().kernels()\n"
+        "for distribution in t.noise.DISTRIBUTIONS:\n"
+        "    for dtype in t.DTYPES:\n"
+        "        t.results(kernels, dtype, distribution, 'stochastic')\n"
+        "for dtype in t.HALVES:\n"
+        "    t.fused_digest(dtype)\n"
+        "for case in [(1, 8, 1), (8, 248, 33), (9, 256, 17), (33, 40, 20), (64, 72, 40)]:\n"
+        "    t.fused_case(*case)\n"
+        "vectors = [t.rand(70, 300, dtype=torch.bfloat16), t.rand(9, 200)]\n"
+        "t.native().project(vectors, t.seeds_of(3), [3, 4], [], [], 'gaussian')\n"
+        "print('done')\n"
+    )
+    env = {
+        **os.environ,
+        "ZOKERNELS_CUDA_EMULATED": str(output),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "LD_PRELOAD": " ".join(runtimes),
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "done\n"
+
+
 # --- the fused product ----------------------------------------------------------------------------
 
 
