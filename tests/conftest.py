@@ -1,7 +1,8 @@
 """Shared fixtures: which backends are under test, and poisoned memory.
 
-``ZOKERNELS_TEST_REQUIRE`` names the backends that must be usable, ``reference,cpp`` by default: a
-run without one of them stops with an error instead of passing on what is left.
+``ZOKERNELS_TEST_REQUIRE`` names the backends that must be usable, ``reference,cpp,triton`` by
+default: a run without one of them stops with an error instead of passing on what is left. Where
+there is no GPU, Triton must be installed: its interpreter and its compiler are what is tested.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 # Set before transformers is imported: nothing in the tests may reach for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +28,7 @@ settings.load_profile("zokernels")
 
 REQUIRED = [
     name.strip()
-    for name in os.environ.get("ZOKERNELS_TEST_REQUIRE", "reference,cpp").split(",")
+    for name in os.environ.get("ZOKERNELS_TEST_REQUIRE", "reference,cpp,triton").split(",")
     if name.strip()
 ]
 
@@ -46,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(
                 f"ZOKERNELS_TEST_REQUIRE names the unknown backend {name!r}; known: {sorted(known)}"
             )
+        if name == "triton" and not torch.cuda.is_available() and find_spec("triton"):
+            continue
         if known[name].reason is not None:
             raise pytest.UsageError(f"required backend {name!r} is off: {known[name].reason}")
 

@@ -1,0 +1,90 @@
+"""The Triton backend without a GPU: conformance in Triton's interpreter, in its own process.
+
+The interpreter runs the kernels as written, on CPU tensors, one program after the other. It has no
+bfloat16 arithmetic: there the kernels upcast first and round by integers
+(:func:`zokernels.triton.noise.nearest`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zokernels import _registry
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The product itself is the same under both distributions: 16-bit ones go with one of them.
+_TWICE = (
+    "(test_linear and float16 and rademacher) or (test_linear and conv1d and bfloat16) "
+    "or (many_seeds and nearest and float16)"
+)
+
+
+def interpreted(*arguments: str, **environment: str) -> int:
+    """Run pytest with the interpreter; how many tests passed. None may fail or be skipped."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=900",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "ZOKERNELS_TEST_REQUIRE": "reference,triton",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    assert "skipped" not in summary
+    found = re.search(r"(\d+) passed", summary)
+    assert found is not None, summary
+    return int(found.group(1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_conformance() -> None:
+    assert interpreted("tests/test_conformance.py", "-k", f"triton and not ({_TWICE})") >= 90
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_conformance_of_displaced_tiles() -> None:
+    """The plan for many tokens, at the shapes of the suite."""
+    chosen = "triton and float32 and gaussian and (test_linear or cross_entropy)"
+    files = ("tests/test_conformance.py", "-k", chosen)
+    assert interpreted(*files, ZOKERNELS_GPU="crossover=0") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_rest() -> None:
+    assert interpreted("tests/triton_interpreted.py") >= 11
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend is on")
+def test_without_a_gpu_the_backend_says_why_it_is_off() -> None:
+    found = _registry.backends()["triton"]
+    assert found.reason == "ImportError: torch sees no CUDA device"
+    with pytest.raises(RuntimeError, match="'triton' was asked for but is off: ImportError: torch"):
+        _registry._force("triton")

@@ -1,0 +1,174 @@
+"""What the Triton backend does beyond the conformance suite, run by test_triton_interpreter.py.
+
+Triton decides when its kernels are decorated whether they are interpreted, so these tests run in a
+process of their own with ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from zokernels import _registry, reference
+from zokernels.triton import backend, launch
+from zokernels.triton.plan import Plan, Tiles
+
+PID = 77
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def table(*values: float) -> Tensor:
+    return torch.tensor([[v] for v in values])
+
+
+def exact_product(x: Tensor, w: Tensor, c: Tensor, seeds: Tensor) -> Tensor:
+    z = reference.sample(*w.shape, seeds[0], PID, 0, 0, "gaussian").double()
+    return torch.stack(
+        [F.linear(x[g].double(), w.double() + c[g, 0].double() * z) for g in range(c.shape[0])]
+    )
+
+
+def product(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    seeds = torch.tensor([5])
+    return backend.linear(x, w, None, seeds, c, PID, 0, 0, "gaussian", False, False)
+
+
+def test_it_serves_cpu_tensors_here_and_every_dense_op() -> None:
+    found = _registry.backends()["triton"]
+    assert found.reason is None and found.serves("cpu")
+    dense = {op for op in reference.KERNELS if not op.startswith("sparse_")}
+    assert set(found.kernels) == dense
+
+
+@pytest.mark.parametrize(("rows", "splits"), [(16, 1), (16, 3), (64, 2)])
+def test_a_product_is_the_same_in_any_tiles(
+    monkeypatch: pytest.MonkeyPatch, rows: int, splits: int
+) -> None:
+    """Tiles as a GPU gets them, split sums included."""
+    x, w, c = rand(2, 5, 600), rand(70, 600, seed=2), table(0.1, -0.1)
+    chosen = Plan(True, Tiles(64, rows, 16, 4, 1), splits, 70, 1, 0.0, 0, 0, 0)
+    monkeypatch.setattr(backend, "_plan", lambda *a: chosen)
+    monkeypatch.setattr(backend, "_choices", lambda chosen, w, transposed: [chosen.tiles])
+    want = exact_product(x, w, c, torch.tensor([5]))
+    got = product(x, w, c)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    assert torch.equal(got, product(x, w, c))
+
+
+def no_room(limit: int) -> Callable[..., Any]:
+    """A launch that fails for tiles with more outputs than ``limit``."""
+    real = launch.launch
+
+    def run(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        if meta.get("OUT", 0) > limit:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        real(kernel, grid, *args, **meta)
+
+    return run
+
+
+def test_a_launch_that_does_not_fit_gets_smaller_tiles_and_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, w, c = rand(2, 3, 40), rand(20, 40, seed=2), table(0.1, -0.1)
+    tiles = [Tiles(128, 16, 64, 8, 3), Tiles(64, 16, 64, 4, 1)]
+    monkeypatch.setattr(backend, "_choices", lambda chosen, w, transposed: tiles)
+    monkeypatch.setattr(backend, "_reported", set())
+    want = exact_product(x, w, c, torch.tensor([5]))
+    for limit, words in ((64, "outputs=64"), (32, "the vendor's product")):
+        monkeypatch.setattr(backend, "_reported", set())
+        monkeypatch.setattr(backend, "launch", no_room(limit))
+        with pytest.warns(backend.LaunchWarning, match=words):
+            got = product(x, w, c)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            product(x, w, c)
+
+
+def test_sixty_four_bit_addresses() -> None:
+    """Rows further apart than an int32 of elements; only their own pages are ever touched."""
+    far = (1 << 31) + 64
+    memory = torch.empty(far + 1024, dtype=torch.float16)
+    w = memory.as_strided((2, 300), (far, 1))
+    w.copy_(rand(2, 300, dtype=torch.float16))
+    small = w.contiguous()
+    seeds, c = torch.tensor([3]), table(0.5)
+    rest = (seeds, c, PID, 0, 0, "rademacher", "nearest", None)
+    assert torch.equal(backend.displace(w, *rest), reference.displace(small, *rest))
+    update = (seeds, c[0], None, None, [PID], [], [], "rademacher", "nearest")
+    backend.update_([w], *update)
+    reference.update_([small], *update)
+    assert torch.equal(w, small)
+
+
+def test_a_term_of_zero_changes_nothing_not_even_the_sign_of_zero() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        w = torch.tensor([-0.0, 0.0, 1e-7, -3.0], dtype=dtype).repeat(150)
+        bits = w.view(torch.int16 if dtype.itemsize == 2 else torch.int32).clone()
+        zeros, ones = torch.zeros(2), torch.ones(2)
+        for decay in (None, ones):
+            args = (torch.tensor([1, 2]), zeros, decay, None, [PID], [], [], "gaussian")
+            backend.update_([w], *args, "stochastic")
+            assert torch.equal(w.view(bits.dtype), bits)
+
+
+def test_many_tensors_go_in_one_launch_a_dtype_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    real = launch.launch
+
+    def counted(kernel: Any, *args: Any, **meta: Any) -> None:
+        calls.append(kernel)
+        real(kernel, *args, **meta)
+
+    monkeypatch.setattr(backend, "launch", counted)
+    params = [rand(8, 32, dtype=torch.bfloat16) for _ in range(5)] + [rand(3), rand(7)]
+    args = (torch.tensor([1]), torch.tensor([0.1]), None, None, list(range(7)), [], [])
+    backend.update_(params, *args, "rademacher", "nearest")
+    assert len(calls) == 2
+    calls.clear()
+    tables = len(backend._groups)
+    backend.update_(params, *args, "rademacher", "nearest")
+    assert len(calls) == 2 and len(backend._groups) == tables  # the same tables again
+
+
+def test_an_inner_product_has_one_order() -> None:
+    v = [rand(5, 700), rand(900, seed=2)]
+    args = (torch.tensor([1, 2, 3]), [1, 2], [], [], "gaussian")
+    assert torch.equal(backend.project(v, *args), backend.project(v, *args))
+
+
+def test_a_bad_index_gives_nan_and_an_error() -> None:
+    w, seeds, c = rand(4, 10), torch.tensor([1]), table(0.1, -0.1)
+    out = torch.zeros(2, 3, 10)
+    ids = torch.tensor([0, 9, 1])
+    backend._rows_of(out, w, ids, True, seeds, c, PID, 0, 0, "gaussian", "nearest")
+    assert bool(out[:, 1].isnan().all()) and not bool(out[:, [0, 2]].isnan().any())
+    with pytest.raises(IndexError, match=r"must be in \[0, 4\); got 9"):
+        backend.synchronize("cpu")
+    backend.synchronize("cpu")  # raised once
+
+
+def test_tensors_out_of_reach_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs tensors on cpu; got one on meta"):
+        backend.sample(1, 1, torch.empty((), dtype=torch.int64, device="meta"), 0, 0, 0, "gaussian")
+    w = rand(2, 3)
+    with pytest.raises(ValueError, match="seeds must be on cpu like the weights; got meta"):
+        torch.ops.zokernels.displace(
+            w, torch.zeros(1, dtype=torch.int64, device="meta"), table(0.1), 0, 0, 0, "gaussian",
+            "nearest", None,
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="w must be float32, bfloat16 or float16"):
+        torch.ops.zokernels.displace(
+            w.double(), torch.zeros(1).long(), table(0.1), 0, 0, 0, "gaussian", "nearest", None
+        )
