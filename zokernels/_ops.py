@@ -32,7 +32,7 @@ SCHEMAS = {
     # The same into scratch `out` [G, rows, cols].
     "displace_": "(Tensor(a!) out, Tensor w, Tensor seeds, Tensor coeffs, int param_id, "
     "SymInt row_offset, SymInt col_offset, str distribution, str rounding) -> ()",
-    # Vectors at every branch, for small parameters that are used in float32: for vector after vector
+    # Vectors at every branch, for small parameters used in float32: for vector after vector
     # its [G, numel], in one flat float32 tensor.
     "displace_vectors": "(Tensor[] vectors, Tensor seeds, Tensor coeffs, int[] param_ids, "
     "str distribution) -> Tensor",

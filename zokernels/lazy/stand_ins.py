@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zokernels.binding import Binding, BoundParameter
 from zokernels.lazy.masked import masked_parameter
-from zokernels.lazy.parameter import SMALL, LazyParameter, State
+from zokernels.lazy.parameter import LazyParameter, State
 
 
 def lazy_parameter(state: State, bound: BoundParameter) -> LazyParameter:
