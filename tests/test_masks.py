@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zokernels as zo
+from zokernels.calibration import _groups
 from zokernels.masks import _Top, linear_weights
 
 
@@ -302,6 +303,19 @@ def test_gradients_live_one_parameter_at_a_time() -> None:
     assert len(held) == 12 and set(held) == {1}
 
 
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12), limit=st.integers(1, 60))
+def test_max_elements_bounds_the_scores_that_are_held(sizes: list[int], limit: int) -> None:
+    """Groups in order, as large as the limit allows; above it only a parameter on its own."""
+    parameters = {str(i): nn.Parameter(torch.zeros(n)) for i, n in enumerate(sizes)}
+    groups = list(_groups(parameters, limit))
+    assert [n for group in groups for n in group] == list(parameters)
+    held = [sum(p.numel() for p in group.values()) for group in groups]
+    assert all(h <= limit or len(g) == 1 for h, g in zip(held, groups, strict=True))
+    for before, group in zip(held, groups[1:], strict=False):
+        assert before + next(iter(group.values())).numel() > limit
+    assert len(list(_groups(parameters, None))) == 1
+
+
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "mixtral", "roberta_cls"])
 def test_calibration_of_transformers_models(name: str) -> None:
     model, case = zoo.build(name), zoo.CASES[name]
@@ -391,6 +405,16 @@ def test_a_changed_file_is_refused(saved) -> None:
         except zo.MaskFileError:
             continue
         assert loaded == mask  # a byte that carries nothing, such as padding
+
+
+@given(data=st.binary(max_size=200))
+def test_arbitrary_bytes_are_refused(tmp_path_factory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "mask"
+    header = json.dumps({"__metadata__": {"kind": "zokernels.mask"}}).encode()
+    for content in (data, len(header).to_bytes(8, "little") + header + data):
+        path.write_bytes(content)
+        with pytest.raises(zo.MaskFileError):
+            zo.Mask.load(path)
 
 
 def test_foreign_files_are_refused(tmp_path) -> None:
