@@ -282,6 +282,8 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
 struct EntryChunk {
   Entry entries[kEntriesALaunch];
 };
+// With the other arguments: what every driver takes.
+static_assert(sizeof(EntryChunk) + 16 <= 4096);
 
 ZK_KERNEL void fill_table_kernel(const EntryChunk chunk, int count, Entry* to) {
   for (int i = dev::thread(); i < count; i += 32) to[i] = chunk.entries[i];
