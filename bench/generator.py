@@ -22,10 +22,11 @@ def generate_kernel(out, seed, groups, ROWS: tl.constexpr, GAUSSIAN: tl.constexp
     row = (pid * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.uint32)
     col = tl.arange(0, 64)[None, :].to(tl.uint32)
     k0, k1 = key_of(tl.load(seed))
+    zero = tl.zeros((), tl.uint32)
     total = tl.zeros((ROWS, 64), tl.float32)
     for group in range(groups):
         counter = tl.to_tensor(group).to(tl.uint32)
-        z = direction(row, col, counter, tl.zeros((), tl.uint32), k0, k1, GAUSSIAN)
+        z = direction(row, col, counter, zero, k0, k1, zero, GAUSSIAN)
         for j in tl.static_range(4):
             total += z[j]
     tl.store(out + pid, tl.sum(tl.sum(total, axis=1), axis=0))

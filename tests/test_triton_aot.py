@@ -77,6 +77,8 @@ def test_compiles_within_bounds(name: str, capability: int) -> None:
     copies = 2 if capability == 100 and "INPUTS" in variant.constants else copies
     assert machine.count(r"MUFU\.LG2") == copies * normals(variant) // 2
     assert machine.count(r"MUFU\.(SIN|COS)") == 0
+    if re.match("displace|embedding|update|vectors", name):
+        assert machine.shared == 0  # noise is drawn where the weights are
 
 
 def test_every_kernel_is_compiled_for_every_architecture() -> None:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from zokernels.triton.noise import (
+    anchor,
     direction,
     key_of,
     narrow,
@@ -58,6 +59,7 @@ def sample_kernel(
         param_id.to(tl.uint32),
         k0,
         k1,
+        tl.zeros((), tl.uint32),
         GAUSSIAN,
     )
     for j in tl.static_range(4):
@@ -123,15 +125,16 @@ def displace_kernel(
         inside = there & (col >= 0) & (col < cols)
         x = wide(tl.load(w + r * w_r + col * w_c, mask=inside, other=0.0))
         base = base + (tl.where(bad, float("nan"), x) if GATHER else x,)
+    zeros = anchor(base[0])
     if STOCHASTIC:
         s0, s1 = key_of(tl.load(seeds))
-        words = rounding_words(row, col_bits, counter >> 1, param, s0, s1, 2)
+        words = rounding_words(row, col_bits, counter >> 1, param, s0, s1, zeros, 2)
         for j in tl.static_range(4):
             bits = bits + ((words[j] >> (16 * (counter & 1))) & 0xFFFF,)
 
     if BRANCHES == 0:
         k0, k1 = key_of(tl.load(seeds))
-        z = direction(row, col_bits, counter, param, k0, k1, GAUSSIAN)
+        z = direction(row, col_bits, counter, param, k0, k1, zeros, GAUSSIAN)
         first = chunk if GATHER == 2 else 0
         last = chunk + 1 if GATHER == 2 else branches
         for g in range(first, last):
@@ -148,7 +151,7 @@ def displace_kernel(
             acc = acc + base
         for k in range(terms):
             k0, k1 = key_of(tl.load(seeds + k))
-            z = direction(row, col_bits, counter, param, k0, k1, GAUSSIAN)
+            z = direction(row, col_bits, counter, param, k0, k1, zeros, GAUSSIAN)
             new = ()
             for b in tl.static_range(BRANCHES):
                 g = chunk * BRANCHES + b

@@ -107,6 +107,7 @@ def linear_kernel(
     # Several terms need a row for every branch; one term shares the products of shared rows.
     expand: tl.constexpr = SHARED and COEFFS > 0
     at = x + (m % tokens if expand else m) * x_m
+    nothing = tl.zeros((), tl.uint32)  # noise goes where the products want it
     base = tl.zeros((OUT, TOKENS), tl.float32)
     noise = tl.zeros((OUT, TOKENS), tl.float32)
     k0, k1 = key_of(tl.load(seeds))
@@ -120,7 +121,7 @@ def linear_kernel(
         counter = number(group0 + group, tl.uint32)
         first = number(group, tl.int64) * 256 - skip
         if COEFFS == 0:
-            z = direction(row, c[None, :].to(tl.uint32), counter, param, k0, k1, GAUSSIAN)
+            z = direction(row, c[None, :].to(tl.uint32), counter, param, k0, k1, nothing, GAUSSIAN)
         for j in tl.static_range(4):
             k = first + 64 * j + c
             inside = (k >= 0) & (k < fan_in)
@@ -137,7 +138,9 @@ def linear_kernel(
         if COEFFS > 0:
             for term in range(terms):
                 k0, k1 = key_of(tl.load(seeds + term))
-                z = direction(row, c[None, :].to(tl.uint32), counter, param, k0, k1, GAUSSIAN)
+                z = direction(
+                    row, c[None, :].to(tl.uint32), counter, param, k0, k1, nothing, GAUSSIAN
+                )
                 place = coeffs + (m // tokens) * terms + term
                 scale = tl.load(place, mask=m < rows, other=0.0) * inverse
                 for j in tl.static_range(4):
@@ -232,6 +235,7 @@ def conv1d_kernel(
     param = param_id.to(tl.uint32)
     expand: tl.constexpr = SHARED and COEFFS > 0
     at = x + (m % tokens if expand else m) * x_m
+    nothing = tl.zeros((), tl.uint32)
     base = ()
     noise = ()
     for _ in tl.static_range(4):
@@ -259,7 +263,7 @@ def conv1d_kernel(
             added = added + (_multiply(_operand(wj, dtype), xs, base[j], PRECISION),)
         base = added
         if COEFFS == 0:
-            z = direction(row, c.to(tl.uint32), counter, param, k0, k1, GAUSSIAN)
+            z = direction(row, c.to(tl.uint32), counter, param, k0, k1, nothing, GAUSSIAN)
             added = ()
             for j in tl.static_range(4):
                 added = added + (_multiply(_operand(z[j], dtype), xs, noise[j], PRECISION),)
@@ -267,7 +271,7 @@ def conv1d_kernel(
         else:
             for term in range(terms):
                 k0, k1 = key_of(tl.load(seeds + term))
-                z = direction(row, c.to(tl.uint32), counter, param, k0, k1, GAUSSIAN)
+                z = direction(row, c.to(tl.uint32), counter, param, k0, k1, nothing, GAUSSIAN)
                 place = coeffs + (m // tokens) * terms + term
                 scale = tl.load(place, mask=m < rows, other=0.0) * inverse
                 scaled = _operand(wide(xk) * scale, dtype)

@@ -64,9 +64,24 @@ def key_of(seed):
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 of uint32 counters that broadcast, with the key words ``k0``, ``k1``."""
-    for _ in tl.static_range(10):
+def anchor(x):
+    """Zeros (uint32) that the compiler lays out like ``x``, float32, and removes at the end.
+
+    Xored into the counters they make it draw the noise where the weights are; otherwise it draws in
+    a layout of its own choice and moves every value through shared memory.
+    """
+    return (x.to(tl.uint32, bitcast=True) >> 31) >> 1
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1, zeros):
+    """Philox4x32-10 of uint32 counters that broadcast, with the key words ``k0``, ``k1``.
+
+    ``zeros``: :func:`anchor` of the tile that the noise is for, or a scalar 0.
+    """
+    for i in tl.static_range(10):
+        if i == 2 or i == 3:  # where the counters first fill the tile
+            c2 = c2 ^ zeros
         # One wide multiplication (IMAD.WIDE) each; umulhi and mul would be two instructions.
         p0 = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)
         p2 = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
@@ -123,46 +138,50 @@ def box_muller(a, b):
 
 
 @triton.jit
-def gaussian(row, col, group, param_id, k0, k1):
+def gaussian(row, col, group, param_id, k0, k1, zeros):
     """Normals of a group of 256 columns: ``row`` uint32 ``[R, 1]``, ``col`` ``[1, C]`` in 0..63."""
     stream = tl.zeros((), tl.uint32)
-    w0, w1, w2, w3 = philox(group * 64 + col, row, param_id, stream, k0, k1)
+    w0, w1, w2, w3 = philox(group * 64 + col, row, param_id, stream, k0, k1, zeros)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
     return n0, n1, n2, n3
 
 
 @triton.jit
-def _sign(low, high, col):
+def _sign(low, high, col, zeros):
     """+1 or -1 of 64 columns from two words."""
-    word = tl.where(col >= 32, high, low)
+    word = tl.where(col >= 32, high, low) ^ zeros
     bits = ((word << (31 - (col & 31))) & 0x80000000) | 0x3F800000
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def rademacher(row, col, group, param_id, k0, k1):
+def rademacher(row, col, group, param_id, k0, k1, zeros):
     """Signs of ``group`` (256 columns), arguments as :func:`gaussian`."""
     stream = tl.zeros((), tl.uint32)
-    a0, a1, a2, a3 = philox(group * 2, row, param_id, stream, k0, k1)
-    b0, b1, b2, b3 = philox(group * 2 + 1, row, param_id, stream, k0, k1)
-    return _sign(a0, a1, col), _sign(a2, a3, col), _sign(b0, b1, col), _sign(b2, b3, col)
+    a0, a1, a2, a3 = philox(group * 2, row, param_id, stream, k0, k1, stream)
+    b0, b1, b2, b3 = philox(group * 2 + 1, row, param_id, stream, k0, k1, stream)
+    n0 = _sign(a0, a1, col, zeros)
+    n1 = _sign(a2, a3, col, zeros)
+    n2 = _sign(b0, b1, col, zeros)
+    n3 = _sign(b2, b3, col, zeros)
+    return n0, n1, n2, n3
 
 
 @triton.jit
-def direction(row, col, group, param_id, k0, k1, GAUSSIAN: tl.constexpr):
+def direction(row, col, group, param_id, k0, k1, zeros, GAUSSIAN: tl.constexpr):
     """Float32 values of four sub-tiles of a group, under either distribution."""
     if GAUSSIAN:
-        return gaussian(row, col, group, param_id, k0, k1)
+        return gaussian(row, col, group, param_id, k0, k1, zeros)
     else:
-        return rademacher(row, col, group, param_id, k0, k1)
+        return rademacher(row, col, group, param_id, k0, k1, zeros)
 
 
 @triton.jit
-def rounding_words(row, col, pair, param_id, k0, k1, STREAM: tl.constexpr):
+def rounding_words(row, col, pair, param_id, k0, k1, zeros, STREAM: tl.constexpr):
     """Words of a pair of groups (512 columns): low halves for the even group, high for the odd."""
     stream = tl.full((), STREAM, tl.uint32)
-    return philox(pair * 64 + col, row, param_id, stream, k0, k1)
+    return philox(pair * 64 + col, row, param_id, stream, k0, k1, zeros)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from zokernels.triton.noise import (
+    anchor,
     direction,
     key_of,
     narrow,
@@ -119,6 +120,7 @@ def update_kernel(
         at = c + 64 * j
         inside = there & (at >= 0) & (at < cols)
         acc = acc + (wide(tl.load(places + step * j, mask=inside, other=0.0)),)
+    zeros = anchor(acc[0])
     for k in range(terms):
         k0, k1 = key_of(tl.load(seeds + k))
         scale = tl.load(coeffs + k)
@@ -127,7 +129,7 @@ def update_kernel(
             factor = tl.load(decay + k)
         if (scale != 0.0) | (factor != 1.0):
             moved = ()
-            z = direction(row, col, pair * 2, param, k0, k1, GAUSSIAN)
+            z = direction(row, col, pair * 2, param, k0, k1, zeros, GAUSSIAN)
             for j in tl.static_range(4):
                 moved = moved + (tl.fma(scale, z[j], acc[j] * factor if DECAY else acc[j]),)
             for j in tl.static_range(4):
@@ -135,7 +137,7 @@ def update_kernel(
             acc = moved
             if both:
                 moved = (acc[0], acc[1], acc[2], acc[3])
-                z = direction(row, col, pair * 2 + 1, param, k0, k1, GAUSSIAN)
+                z = direction(row, col, pair * 2 + 1, param, k0, k1, zeros, GAUSSIAN)
                 for j in tl.static_range(4):
                     x = acc[4 + j]
                     moved = moved + (tl.fma(scale, z[j], x * factor if DECAY else x),)
@@ -149,7 +151,7 @@ def update_kernel(
             if end:
                 rounded = ()
                 if STOCHASTIC:
-                    words = rounding_words(row, col, pair, param, k0, k1, 1)
+                    words = rounding_words(row, col, pair, param, k0, k1, zeros, 1)
                     for j in tl.static_range(8):
                         bits = (words[j % 4] >> (16 * (j // 4))) & 0xFFFF
                         rounded = rounded + (stochastic(acc[j], bits, dtype),)
@@ -191,10 +193,11 @@ def vectors_kernel(
             at = c + 64 * (4 * half + j)
             x = tl.load(places + step * (4 * half + j), mask=there & (at < cols), other=0.0)
             acc = acc + (wide(x),)
+        zeros = anchor(acc[0])
         for k in range(terms):
             k0, k1 = key_of(tl.load(seeds + k))
             scale = tl.load(coeffs + g * terms + k)
-            z = direction(row, col, pair * 2 + half, param, k0, k1, GAUSSIAN)
+            z = direction(row, col, pair * 2 + half, param, k0, k1, zeros, GAUSSIAN)
             new = ()
             for j in tl.static_range(4):
                 new = new + (tl.fma(scale, z[j], acc[j]),)
@@ -236,12 +239,14 @@ def project_kernel(
                 at = c + 64 * (4 * half + j)
                 inside = there & (at >= 0) & (at < cols)
                 x = tl.load(places + step * (4 * half + j), mask=inside, other=0.0)
-                v = v + (wide(x).to(tl.float64),)
+                x = wide(x)
+                zeros = anchor(x)
+                v = v + (x.to(tl.float64),)
             new = ()
             for s in tl.static_range(SEEDS):
                 k = tl.minimum(chunk * SEEDS + s, terms - 1)
                 k0, k1 = key_of(tl.load(seeds + k))
-                z = direction(row, col, pair * 2 + half, param, k0, k1, GAUSSIAN)
+                z = direction(row, col, pair * 2 + half, param, k0, k1, zeros, GAUSSIAN)
                 total = sums[s]
                 for j in tl.static_range(4):
                     total = tl.fma(v[j], z[j].to(tl.float64), total)
