@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import cuda_emulated
+import model_zoo as zoo
 import pytest
 import test_sparse_conformance as sparse
+import torch
 from test_conformance import *  # noqa: F403
 
+import zokernels as zo
 from zokernels import _ops, _registry
 
 
@@ -32,3 +35,19 @@ test_sparse_parts = sparse.test_part_of_the_list_with_its_offset_is_part_of_the_
 test_sparse_update = sparse.test_update
 test_sparse_replay = sparse.test_a_replay_is_its_steps_bit_for_bit
 test_sparse_update_of_any_strides = sparse.test_update_writes_through_any_strides
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_steps_of_a_model(name: str, kind: str) -> None:
+    """Two steps of a small language model, as the C++ backend takes them."""
+    taken = {}
+    for backend in ("cpp", name):
+        model, batch = zoo.build(kind).eval(), zoo.lm_batch()
+        with _registry.use_backend(backend):
+            opt = zo.MeZO(model, lr=1e-3, eps=1e-2)
+            losses = [float(opt.step(batch)) for _ in range(2)]
+        taken[backend] = (losses, [p.detach() for p in model.parameters()])
+    (want, weights), (got, mine) = taken.values()
+    assert got == pytest.approx(want, rel=1e-5)
+    for a, b in zip(mine, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
