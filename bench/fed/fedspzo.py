@@ -41,20 +41,30 @@ def main() -> None:
                "lr": "", "seed": 0}  # fmt: skip
         if bed.find(key) is None:
             bed.store({**key, **variance(bed, p2, args.share, args.trials)})
+    c1 = flop_share(bed, args.share)
     for n in map(int, listed(args.directions)):
-        for p1, p2 in ((n, 1), (1, n)):
+        # After as many steps; then n-SPSA and plain SPSA after as many forwards as FedSPZO took.
+        for kind, p1, p2 in (
+            ("training", n, 1),
+            ("training", 1, n),
+            ("equal forwards", n, 1),
+            ("equal forwards", 1, 1),
+        ):
+            rounds = args.rounds
+            if kind != "training":
+                rounds = round(args.rounds * forwards(c1, 1, n) / forwards(c1, p1, p2))
             options: dict[str, Any] = {
                 "block1": p1,
                 "block2": p2,
                 "split_share": args.share,
                 "steps": args.steps,
             }
-            key = {"kind": "training", "P1": p1, "P2": p2, "share": args.share}
-            lr = bed.tuned(key, "fedspzo", options, (1e-4, 3e-4, 1e-3), rounds=args.rounds)
+            key = {"kind": kind, "P1": p1, "P2": p2, "share": args.share}
+            lr = bed.tuned(key, "fedspzo", options, (1e-4, 3e-4, 1e-3), rounds=rounds)
             for seed in range(args.seeds):
                 row = {**key, "phase": "final", "lr": f"{lr:.2e}", "seed": seed}
-                bed.run(row, "fedspzo", {**options, "lr": lr}, rounds=args.rounds, seed=seed)
-    report(bed, flop_share(bed, args.share))
+                bed.run(row, "fedspzo", {**options, "lr": lr}, rounds=rounds, seed=seed)
+    report(bed, c1, args.steps)
 
 
 def flop_share(bed: Bed, share: float) -> float:
@@ -62,6 +72,11 @@ def flop_share(bed: Bed, share: float) -> float:
     method = bed.federation("fedspzo", {"split_share": share}, seed=0).method
     assert isinstance(method, FedSPZO)
     return float(method.flop_share)
+
+
+def forwards(c1: float, p1: int, p2: int) -> float:
+    """Forwards of the whole model that a step costs: ``2 P1 c1 + 2 P1 P2 (1 - c1)``."""
+    return 2 * p1 * (c1 + p2 * (1 - c1))
 
 
 def variance(bed: Bed, p2: int, share: float, trials: int) -> dict[str, float]:
@@ -114,7 +129,7 @@ def add(binding: zo.Binding, seeds: list[int], coeffs: list[float]) -> dict[str,
     return total
 
 
-def report(bed: Bed, c1: float) -> None:
+def report(bed: Bed, c1: float, steps: int) -> None:
     """Both tables."""
     rows = bed.rows()
     print(f"block 1 has {c1:.3f} of the forward FLOPs")
@@ -123,16 +138,17 @@ def report(bed: Bed, c1: float) -> None:
     for row in (r for r in rows if r["kind"] == "variance"):
         scaled = float(row["mse_block2"]) * int(row["P2"])
         print(f"| {row['P2']} | {row['mse_block1']} | {row['mse_block2']} | {scaled:.1f} |")
-    print("| P1 | P2 | forwards a step | lr | loss before | loss after |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| P1 | P2 | steps | forwards a step | in all | lr | loss before | loss after |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     final = [row for row in rows if row["phase"] == "final"]
-    for p1, p2 in dict.fromkeys((row["P1"], row["P2"]) for row in final):
-        own = [row for row in final if (row["P1"], row["P2"]) == (p1, p2)]
+    for case in dict.fromkeys((row["kind"], row["P1"], row["P2"]) for row in final):
+        own = [row for row in final if (row["kind"], row["P1"], row["P2"]) == case]
         mean, deviation = spread([float(row["loss"]) for row in own])
-        cost = 2 * int(p1) * (c1 + int(p2) * (1 - c1))
+        cost = forwards(c1, int(case[1]), int(case[2]))
+        count = int(own[0]["rounds"]) * steps
         print(
-            f"| {p1} | {p2} | {cost:.2f} | {own[0]['lr']} | "
-            f"{float(own[0]['loss_before']):.4f} | {mean:.4f} ± {deviation:.4f} |"
+            f"| {case[1]} | {case[2]} | {count} | {cost:.2f} | {cost * count:.0f} | "
+            f"{own[0]['lr']} | {float(own[0]['loss_before']):.4f} | {mean:.4f} ± {deviation:.4f} |"
         )
 
 
