@@ -25,7 +25,7 @@ def generate_kernel(out, seed, groups, ROWS: tl.constexpr, GAUSSIAN: tl.constexp
     zero = tl.zeros((), tl.uint32)
     total = tl.zeros((ROWS, 64), tl.float32)
     for group in range(groups):
-        counter = tl.to_tensor(group).to(tl.uint32)
+        counter = tl.cast(group, tl.uint32)
         z = direction(row, col, counter, zero, k0, k1, zero, GAUSSIAN)
         for j in tl.static_range(4):
             total += z[j]

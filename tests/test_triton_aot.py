@@ -81,6 +81,12 @@ def test_compiles_within_bounds(name: str, capability: int) -> None:
         assert machine.shared == 0  # noise is drawn where the weights are
 
 
+@pytest.mark.parametrize("name", FIRST)
+def test_arguments_that_are_one(name: str) -> None:
+    """Such an argument is a constant of its own specialisation, not a tensor."""
+    assert tv.compile_for(tv.with_ones(VARIANTS[name]), 90).stack == 0
+
+
 def test_every_kernel_is_compiled_for_every_architecture() -> None:
     kernels = {v.kernel for v in VARIANTS.values()}
     for capability in tv.ARCHITECTURES:

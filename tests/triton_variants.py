@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -134,6 +135,21 @@ def _product(name: str, kind: str, stacked: int, *, terms: int = 1, **extra: Any
         tiles.warps,
         tiles.stages,
     )
+
+
+# Triton compiles an integer argument that is 1 into the kernel.
+_ONES = (
+    "count rows cols groups group0 skip row0 param_id terms branches out_g out_r w_r x_m tokens "
+    "fan_in fan_out steps run size splits chunk chunks start width vocab stride pieces tiles "
+    "programs"
+).split()
+
+
+def with_ones(variant: Variant) -> Variant:
+    """The same kernel where every integer argument is 1."""
+    ones = {name: 1 for name in _ONES if name in variant.kernel.arg_names}
+    constants = {**variant.constants, **ones}
+    return dataclasses.replace(variant, name=f"{variant.name}-ones", constants=constants)
 
 
 def variants() -> list[Variant]:

@@ -56,7 +56,7 @@ def sample_kernel(
         (r + row0).to(tl.uint32),
         c.to(tl.uint32),
         (group0 + group).to(tl.uint32),
-        param_id.to(tl.uint32),
+        number(param_id, tl.uint32),
         k0,
         k1,
         tl.zeros((), tl.uint32),
@@ -116,7 +116,7 @@ def displace_kernel(
     row = (r + row0).to(tl.uint32)
     col_bits = c.to(tl.uint32)
     counter = (group0 + group).to(tl.uint32)
-    param = param_id.to(tl.uint32)
+    param = number(param_id, tl.uint32)
 
     base = ()
     bits = ()

@@ -103,7 +103,7 @@ def linear_kernel(
     m = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :]
     split = tl.program_id(2)
     row = (n + row0).to(tl.uint32)
-    param = param_id.to(tl.uint32)
+    param = number(param_id, tl.uint32)
     # Several terms need a row for every branch; one term shares the products of shared rows.
     expand: tl.constexpr = SHARED and COEFFS > 0
     at = x + (m % tokens if expand else m) * x_m
@@ -154,7 +154,7 @@ def linear_kernel(
     passes = 1
     if SHARED and COEFFS == 0:
         passes = branches
-    outputs = branches * tokens.to(tl.int64)
+    outputs = branches * number(tokens, tl.int64)
     for g in range(passes):
         own = m + number(g, tl.int64) * tokens  # row of the stacked output
         branch = own // tokens
@@ -232,7 +232,7 @@ def conv1d_kernel(
     split = tl.program_id(2)
     counter = number(group0 + group, tl.uint32)
     first = number(group, tl.int64) * 256 - skip
-    param = param_id.to(tl.uint32)
+    param = number(param_id, tl.uint32)
     expand: tl.constexpr = SHARED and COEFFS > 0
     at = x + (m % tokens if expand else m) * x_m
     nothing = tl.zeros((), tl.uint32)
@@ -283,7 +283,7 @@ def conv1d_kernel(
     passes = 1
     if SHARED and COEFFS == 0:
         passes = branches
-    outputs = branches * tokens.to(tl.int64)
+    outputs = branches * number(tokens, tl.int64)
     for g in range(passes):
         own = m + number(g, tl.int64) * tokens
         branch = own // tokens

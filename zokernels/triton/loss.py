@@ -59,10 +59,10 @@ def logits_kernel(
     shift = tl.where(best == float("-inf"), 0.0, best)
     total = tl.sum(total * tl.exp(top - shift), axis=0)
     best = tl.where(tl.max(broken, axis=0) != 0, float("nan"), best)
-    place = statistics + chunk.to(tl.int64) * rows + row
+    place = statistics + number(chunk, tl.int64) * rows + row
     tl.store(place, best)
-    tl.store(place + chunks.to(tl.int64) * rows, total)
-    tl.store(place + 2 * chunks.to(tl.int64) * rows, tl.sum(picked, axis=0))
+    tl.store(place + number(chunks, tl.int64) * rows, total)
+    tl.store(place + 2 * number(chunks, tl.int64) * rows, tl.sum(picked, axis=0))
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def join_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     picked = tl.zeros((BLOCK,), tl.float32)
     broken = row < 0
-    step = pieces.to(tl.int64) * rows
+    step = number(pieces, tl.int64) * rows
     for piece in range(pieces):
         place = statistics + number(piece, tl.int64) * rows + row
         best = tl.load(place, mask=inside, other=0.0)

@@ -53,7 +53,7 @@ _MINUS_2_LN_2: tl.constexpr = tl.constexpr(-1.3862943611198906)
 @triton.jit
 def number(x, dtype: tl.constexpr):
     """A scalar, such as a loop's counter (a plain int in the interpreter), as ``dtype``."""
-    return tl.to_tensor(x).to(dtype)
+    return tl.cast(x, dtype)
 
 
 @triton.jit
