@@ -142,6 +142,23 @@ def test_many_tensors_go_in_one_launch_a_dtype_and_layout(monkeypatch: pytest.Mo
     assert len(calls) == 2 and len(backend._groups) == tables  # the same tables again
 
 
+def test_tables_of_a_graph_are_made_before_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = rand(2, 16)
+    args = (torch.tensor([1]), torch.tensor([0.1]), None, None, [PID], [], [], "rademacher")
+    monkeypatch.setattr(backend, "_capturing", lambda device: True)
+    before = p.clone()
+    with pytest.raises(RuntimeError, match="once with the same tensors before capturing"):
+        backend.update_([p], *args, "nearest")
+    assert torch.equal(p, before)
+    monkeypatch.setattr(backend, "_capturing", lambda device: False)
+    backend.update_([p], *args, "nearest")
+    monkeypatch.setattr(backend, "_capturing", lambda device: True)
+    backend.update_([p], *args, "nearest")
+    (kept,) = backend._captured
+    backend._groups.clear()
+    assert kept[0].tiles == 1
+
+
 def test_an_inner_product_has_one_order() -> None:
     v = [rand(5, 700), rand(900, seed=2)]
     args = (torch.tensor([1, 2, 3]), [1, 2], [], [], "gaussian")

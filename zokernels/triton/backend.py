@@ -302,6 +302,12 @@ def _dense(tensor: Tensor, col0: int) -> bool:
 # Tables of the parameter sets used last: an update of the same parameters costs no copies.
 _groups: dict[tuple[object, ...], list[_Group]] = {}
 _KEPT = 64
+# Tables that CUDA graphs read: they must outlive every replay.
+_captured: list[list[_Group]] = []
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _grouped(
@@ -321,6 +327,12 @@ def _grouped(
         matrices[0].device,
     )
     found = _groups.get(key)
+    capturing = _capturing(matrices[0].device)
+    if found is None and capturing:
+        raise RuntimeError(
+            "update_, project and displace_vectors copy a table of their tensors to the device: "
+            "call them once with the same tensors before capturing a CUDA graph"
+        )
     if found is None:
         classes: dict[tuple[torch.dtype, bool], list[tuple[Tensor, int, int, int, int]]] = {}
         start = 0
@@ -337,6 +349,8 @@ def _grouped(
         while len(_groups) >= _KEPT:
             del _groups[next(iter(_groups))]
         _groups[key] = found
+    if capturing and all(found is not kept for kept in _captured):
+        _captured.append(found)
     return found
 
 
