@@ -20,10 +20,11 @@ from zokernels import _registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The product itself is the same under both distributions: 16-bit ones go with one of them.
+# The interpreter takes its time: bfloat16 products and replays that differ from another test in the
+# distribution or the layout only go without. Float32 and float16 run in full.
 _TWICE = (
-    "(test_linear and float16 and rademacher) or (test_linear and conv1d and bfloat16) "
-    "or (many_seeds and nearest and float16)"
+    "bfloat16 and ((rademacher and (test_linear or cross_entropy or many_seeds)) "
+    "or (test_linear and conv1d))"
 )
 
 
@@ -64,7 +65,7 @@ def interpreted(*arguments: str, **environment: str) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_conformance() -> None:
-    assert interpreted("tests/test_conformance.py", "-k", f"triton and not ({_TWICE})") >= 90
+    assert interpreted("tests/test_conformance.py", "-k", f"triton and not ({_TWICE})") >= 80
 
 
 @pytest.mark.slow
