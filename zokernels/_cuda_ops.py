@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokernels._native import DISTRIBUTION, check_index, written
 from zokernels.noise import matrix_shape
-
-_DISTRIBUTION = {"gaussian": 0, "rademacher": 1}
 
 # Tokens a branch up to which a product draws its noise once and multiplies in registers. Above it
 # the noise would be drawn again for every 64 tokens, and a tile in scratch is multiplied by the
@@ -27,11 +26,6 @@ TILE_BYTES = 16 << 20
 LOGIT_BYTES = 64 << 20
 # Seeds a pass of `project` takes: bounds the scratch for partial sums.
 PROJECT_SEEDS = 256
-
-
-def _written(tensors: list[Tensor]) -> None:
-    """Tell torch what was written behind its back, as an in-place operator would."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _matrix(t: Tensor) -> Tensor | None:
@@ -108,7 +102,7 @@ class Native:
             param_id,
             row_offset,
             col_offset,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             False,
             self._stream(out.device),
         )
@@ -138,12 +132,12 @@ class Native:
             param_id,
             row_offset,
             col_offset,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             rounding == "stochastic",
             self._stream(out.device),
         )
         if dense is out:
-            _written([out])
+            written([out])
         else:
             out.copy_(dense)
 
@@ -198,7 +192,7 @@ class Native:
             param_ids,
             row_offsets,
             col_offsets,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             rounding == "stochastic",
             self._table(len(params), device),
             self._stream(device),
@@ -206,7 +200,7 @@ class Native:
         for param, view, copy in zip(params, views, flat, strict=True):
             if view is None:
                 param.detach().copy_(copy.view(param.shape))
-        _written(params)
+        written(params)
 
     def project(
         self,
@@ -234,7 +228,7 @@ class Native:
                 param_ids,
                 row_offsets,
                 col_offsets,
-                _DISTRIBUTION[distribution],
+                DISTRIBUTION[distribution],
                 self._table(len(flat), out.device),
                 partial,
                 self._stream(out.device),
@@ -264,7 +258,7 @@ class Native:
             coeffs.contiguous(),
             param_ids,
             offset,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             self._table(len(tensors), out.device),
             self._stream(out.device),
         )
@@ -331,14 +325,14 @@ class Native:
             coeffs.contiguous(),
             None if decay is None else decay.contiguous(),
             param_ids,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             self._table(len(params), seeds.device),
             self._stream(seeds.device),
         )
         for param, copy in zip([*params, *shadows], [*dense, *held], strict=True):
             if copy.data_ptr() != param.data_ptr():
                 param.detach().copy_(copy)
-        _written([*params, *shadows])
+        written([*params, *shadows])
 
     def takes_fused(
         self, x: Tensor, w: Tensor, tokens: int, col_offset: int, transposed: bool
@@ -415,7 +409,7 @@ class Native:
             param_id,
             row_offset,
             col_offset,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             shared,
             self._multiprocessors(w.device),
             self._stream(w.device),
@@ -498,7 +492,7 @@ class Native:
                 shared,
                 (pending_seeds, pending_coeffs, pending_decay, rounding),
             )
-            _written([w])
+            written([w])
             return y.view(branches, *_lead(x, shared)[:-1], w.shape[0])
         self.update_(
             [w],
@@ -527,13 +521,8 @@ class Native:
         )
 
     def _check_index(self, name: str, index: Tensor, size: int, also: str) -> None:
-        if self._capturing() or index.numel() == 0:
-            return
-        low, high = (int(v) for v in torch.stack(index.aminmax()).tolist())
-        if low < 0 or high >= size:
-            raise IndexError(
-                f"{name} must be in [0, {size}){also}; got values from {low} to {high}"
-            )
+        if not self._capturing():
+            check_index(name, index, size, also)
 
     def embedding(
         self,
@@ -561,7 +550,7 @@ class Native:
             param_id,
             row_offset,
             col_offset,
-            _DISTRIBUTION[distribution],
+            DISTRIBUTION[distribution],
             False,
             self._stream(w.device),
         )

@@ -1,11 +1,11 @@
-"""What the adapters of the C++ backend share."""
+"""What the adapters of the compiled backends share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# As in csrc/cpu/kernels.h.
+# As in csrc/cpu/kernels.h and csrc/cuda/kernels.h.
 DISTRIBUTION = {"gaussian": 0, "rademacher": 1}
 
 
@@ -16,8 +16,10 @@ def written(tensors: list[Tensor]) -> None:
 
 def check_index(name: str, index: Tensor, size: int, also: str = "") -> None:
     """Raise the reference's IndexError when an index is out of range."""
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+    if index.numel() == 0:
+        return
+    low, high = torch.stack(index.aminmax()).tolist()  # one transfer from a device
+    if low < 0 or high >= size:
         raise IndexError(
-            f"{name} must be in [0, {size}){also}; got values from {int(index.min())} to "
-            f"{int(index.max())}"
+            f"{name} must be in [0, {size}){also}; got values from {low} to {high}"
         ) from None

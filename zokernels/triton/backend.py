@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(f"Triton is not installed ({error}): pip install triton") from error
 
+from zokernels._native import written
 from zokernels.noise import matrix_shape
 from zokernels.triton import displace as _displace
 from zokernels.triton import linear as _linear
@@ -80,11 +81,6 @@ def _here(tensor: Tensor) -> None:
             _architecture(tensor.device)
         except ValueError as error:
             raise RuntimeError(f"{tensor.device}: {error}") from error
-
-
-def _written(tensors: Sequence[Tensor]) -> None:
-    """Tell torch what was written behind its back, as an in-place operator would."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def sample(
@@ -194,7 +190,7 @@ def displace_(
     rounding = rounding if seeds.numel() else "nearest"
     place = (param_id, row_offset, col_offset)
     _rows_of(out, w, None, True, seeds, coeffs, *place, distribution, rounding)
-    _written([out])
+    written([out])
 
 
 def displace(
@@ -403,7 +399,7 @@ def update_(
     with torch.no_grad():
         for p, matrix in copies:
             p.copy_(matrix.view(p.shape))
-    _written(params)
+    written(params)
 
 
 def displace_vectors(
