@@ -37,7 +37,8 @@ class FedMeZO(Method):
         random            h_i ~ U(-1, 1)
         default           h_i = 0
 
-    A client has ``h_i = 0`` until its signal exists (in its fifth round for ``five_round_loss``).
+    A client has ``h_i = 0`` until its signal exists: in its first round, and in its first five for
+    ``five_round_loss``.
     With partial participation a client's last known signal counts, and the means are over the
     round's clients that have one [reconstructed: the paper's clients all take part].
 

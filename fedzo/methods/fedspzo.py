@@ -41,7 +41,8 @@ class FedSPZO(Method):
         estimator: ``"nested"`` as above, or ``"separate"``, with P1 + P2 scalars a step and block
             2's directions at the clean activation ``a``:
             ``g2_j = [L(f2(theta2 + eps z2_j; a)) - L(f2(theta2 - eps z2_j; a))] / (2 eps)``,
-            ``g1_i = [L(f2(theta2; a+)) - L(f2(theta2; a-))] / (2 eps)``.
+            ``g1_i = [L(f2(theta2; a+)) - L(f2(theta2; a-))] / (2 eps)``. A step then costs
+            2 P1 + 1 forwards of block 1 and 2 (P1 + P2) of block 2.
         split_layer: first layer of block 2; None: by share.
         split_share: share of block 1.
         split_by: the share is of the ``"layers"`` or of the forward ``"flops"``.

@@ -56,7 +56,8 @@ class MeerkatVP(Calibrated, Meerkat):
             initial window [reconstructed].
         sigma_share: see ``sigma`` [reconstructed].
         tau_later, tau_quiet: thresholds of the two statistics [reconstructed].
-        absolute: take ``|GradIP|``, as above; False: GradIP with its sign [reconstructed].
+        absolute: take ``|GradIP|``, as above; False: GradIP with its sign, but not in the median
+            that sets sigma [reconstructed].
         rule: ``"all"``: both must exceed their thresholds; ``"any"``: one must [paper: all].
         flagged_steps: local steps of a flagged client.
         Otherwise as :class:`~fedzo.methods.meerkat.Meerkat`; GradIP is always computed.
@@ -179,7 +180,7 @@ def vpcs(
     first, last = sizes[:initial], sizes[-later:]
     size = math.fsum(last) / later + _TINY
     rho_later = math.fsum(first) / initial / size if size else math.inf
-    limit = sigma if sigma is not None else sigma_share * statistics.median(first)
+    limit = sigma_share * statistics.median(map(abs, first)) if sigma is None else sigma
     rho_quiet = sum(x < limit for x in last) / later
     together = all if rule == "all" else any
     return Signature(rho_later, rho_quiet, together((rho_later > tau_later, rho_quiet > tau_quiet)))

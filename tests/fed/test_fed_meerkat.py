@@ -252,6 +252,14 @@ def test_gradip_with_its_sign():
     assert not math.isnan(exactly.later)
 
 
+def test_the_limit_of_quiet_has_no_sign():
+    """sigma = sigma_share * median |GradIP| of the initial window, whatever ``absolute`` says."""
+    path = [-4.0, -2.0, -4.0, 1.0, 1.0, 3.0]
+    for absolute in (True, False):
+        s = vpcs(path, initial=3, later=3, sigma_share=0.5, absolute=absolute)
+        assert s.quiet == pytest.approx(2 / 3)
+
+
 def test_calibration_moves_nothing_and_comes_once(tmp_path):
     file = tmp_path / "run.safetensors"
     fed = zoo.federation("meerkat_vp", clients_per_round=2, checkpoint=file)
