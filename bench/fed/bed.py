@@ -153,18 +153,24 @@ class Bed:
         rounds: int,
         seed: int,
         tuning: bool = False,
+        every: int = 0,
     ) -> dict[str, Any]:
         """A run, or its stored row: held-out numbers before and after, bytes, time.
 
         A run whose loss is no number, or grew by more than 3 nats, counts as diverged: its loss is
-        infinite.
+        infinite. With ``every``, the row's ``curve`` is the held-out loss after so many rounds,
+        twice as many, and so on.
         """
         found = self.find(key)
         if found is not None:
             return dict(found)
         begin = time.process_time()
         federation = self.federation(method, options, seed=seed, tuning=tuning)
-        train_loss = [record.loss for record in federation.run(rounds)][-1]
+        train_loss, curve = math.nan, []
+        for record in federation.run(rounds):
+            train_loss = record.loss
+            if every and record.round % every == 0:
+                curve.append(federation.task.evaluate(federation.model)["loss"])
         before = self.before[0 if tuning else 1]
         after = federation.task.evaluate(federation.model)
         if not after["loss"] < before["loss"] + 3.0:
@@ -187,6 +193,8 @@ class Bed:
             "dense_uplink": dense,
             "cpu_seconds": round(time.process_time() - begin, 2),
         }
+        if every:
+            row["curve"] = " ".join(f"{loss:.4f}" for loss in curve)
         self.store(row)
         print(
             {k: row[k] for k in (*key, "loss_before", "loss", "accuracy", "cpu_seconds")},

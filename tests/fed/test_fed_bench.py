@@ -14,7 +14,7 @@ import pytest
 import tiny_lm
 import torch
 
-from bench.fed import bed, llama2c, mixture
+from bench.fed import bed, llama2c, mixture, vpcs
 
 DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, LENGTH = 8, 12, 2, 2, 1, 11, 16
 
@@ -154,6 +154,29 @@ def test_a_finished_run_is_not_run_again(table: bed.Bed, monkeypatch):
     monkeypatch.setattr(table, "federation", fail)
     again = table.run(key, "meerkat", options, rounds=2, seed=0)
     assert float(again["loss"]) == row["loss"]
+
+
+def test_held_out_losses_along_the_way_end_with_the_last(table: bed.Bed):
+    key = {"case": "curve", "phase": "final", "lr": "1.00e-03", "seed": 0}
+    options = {"lr": 1e-3, "steps": 1, "density": 0.05}
+    row = table.run(key, "meerkat", options, rounds=4, seed=0, every=2)
+    curve = [float(x) for x in row["curve"].split()]
+    assert len(curve) == 2 and curve[0] != curve[1]
+    assert curve[1] == pytest.approx(row["loss"], abs=1e-4)
+    assert table.find(key)["curve"] == row["curve"]
+
+
+def test_quiet_at_the_median_follows_the_fall_that_rho_later_asks_for():
+    """A path that falls 5 times is flagged at the median, not at a tenth; a steady one never."""
+    random = np.random.default_rng(0)
+    noise = random.normal(size=(2, 400)).prod(0)
+    flagged = []
+    for size in (np.ones(100), np.r_[np.ones(50), np.full(50, 0.2)]):
+        rows = [
+            {"gradip": " ".join(f"{x:.4g}" for x in path * size)} for path in noise.reshape(4, 100)
+        ]
+        flagged.append([sum(vpcs.flagged(row, share) for row in rows) for share in (0.1, 1.0)])
+    assert flagged[0] == [0, 0] and flagged[1][0] == 0 and flagged[1][1] >= 3
 
 
 def test_a_rate_that_wins_at_an_end_makes_the_grid_longer(table: bed.Bed, monkeypatch):
