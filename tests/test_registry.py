@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from zokernels import _ops, _registry, reference
+from zokernels import _choice, _ops, _registry, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Give the registry other backends for one test: name -> kernels, or its import error."""
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text("{}")
+    monkeypatch.setattr(_choice, "FILE", nothing)
 
     def install(
         known: dict[str, tuple[dict[str, Any] | Exception, tuple[str, ...]]], env: str | None = None
@@ -40,6 +43,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(_registry, "_backends", {})
         monkeypatch.setattr(_registry, "_table", {})
         monkeypatch.setattr(_registry, "_forced", None)
+        monkeypatch.setattr(_registry, "_FASTER", {})
         monkeypatch.setattr(_registry.importlib, "import_module", load)
         if env is None:
             monkeypatch.delenv("ZOKERNELS_BACKEND", raising=False)
@@ -179,6 +183,94 @@ def test_the_environment_chooses(fresh):
     assert _registry.serving("sample", "cpu") == "slow"
     fresh(known, "")
     assert sample() == 2.0
+
+
+# --- measured choices -----------------------------------------------------------------------------
+
+GPU = {
+    "triton": (sample_as(1.0), ("cuda",)),
+    "cuda": (sample_as(2.0), ("cuda",)),
+    "slow": (sample_as(3.0), ("*",)),
+}
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+def test_what_was_measured_faster_serves_first(fresh, capability, tmp_path, monkeypatch):
+    monkeypatch.setattr(_choice, "FILE", tmp_path / "measured.json")
+    for architecture, serves in (("sm_80", "triton"), ("sm_90", "cuda")):
+        _choice.write(_choice.FILE, {architecture: {"sample": "cuda"}})
+        fresh(GPU)
+        assert _registry.serving("sample", "cuda") == serves
+        assert _registry.serving("sample", "cpu") == "slow"
+    with _registry.use_backend("triton"):
+        assert _registry.serving("sample", "cuda") == "triton"
+    # A backend that is off, or has no such op, is passed over.
+    _registry.backends()["cuda"].kernels.clear()
+    assert _registry.serving("sample", "cuda") == "triton"
+
+
+def test_the_environment_overrides_what_was_measured(fresh, capability, monkeypatch):
+    monkeypatch.setenv(_choice.VARIABLE, " sample = cuda ,")
+    fresh(GPU)
+    assert _registry.serving("sample", "cuda") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample", "ZOKERNELS_CHOICE must be entries op=backend; got 'sample'"),
+        ("conv=cuda", "ZOKERNELS_CHOICE: op must be one of .*; got 'conv'"),
+        (
+            "sample=cpp",
+            r"backend of 'sample' must be one of \['cuda', 'slow', 'triton'\]; got 'cpp'",
+        ),
+    ],
+)
+def test_a_bad_override_fails_on_every_call(fresh, monkeypatch, text, message):
+    monkeypatch.setenv(_choice.VARIABLE, text)
+    fresh({**GPU, "slow": (sample_as(3.0), ("*", "cuda"))})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            sample()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object of architectures"),
+        ('{"hopper": {}}', "architecture must have the form sm_90; got 'hopper'"),
+        ('{"sm_90": ["linear"]}', "sm_90 must be an object of ops"),
+        ('{"sm_90": {"conv": "cuda"}}', "sm_90: op must be one of .*; got 'conv'"),
+        ('{"sm_90": {"linear": "cpp"}}', "backend of 'linear' must be one of .*; got 'cpp'"),
+        ('{"sm_90": {"linear": 3}}', "backend of 'linear' must be one of .*; got 3"),
+    ],
+)
+def test_a_malformed_table_is_refused(tmp_path, text, message):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        _choice.read(path, ops=_ops.SCHEMAS, names=["cuda", "triton"])
+
+
+def test_a_table_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        _choice.read(tmp_path / "none.json", ops=_ops.SCHEMAS, names=["cuda"])
+
+
+def test_the_packages_table_is_valid_and_tables_come_back_as_written(tmp_path):
+    allowed = {"ops": _ops.SCHEMAS, "names": _registry.choosable()}
+    assert set(allowed["names"]) == {"cuda", "triton"}
+    _choice.read(_choice.FILE, **allowed)
+    table = {"sm_90": {"linear": "cuda"}, "sm_80": {"project": "triton"}, "sm_100": {}}
+    _choice.write(tmp_path / "a" / "t.json", table)
+    del table["sm_100"]
+    assert _choice.read(tmp_path / "a" / "t.json", **allowed) == table
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:

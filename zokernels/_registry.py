@@ -2,7 +2,8 @@
 
 Backends are tried in a fixed order per device type; ``reference`` serves every device. A backend
 that cannot be used keeps the reason. ``ZOKERNELS_BACKEND`` (or :func:`use_backend`) asks for one by
-name, and what is asked for and cannot be had is an error, never a silent fallback.
+name, and what is asked for and cannot be had is an error, never a silent fallback. Ahead of the
+order goes what was measured faster on the GPU that is present (:mod:`zokernels._choice`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from zokernels import _checks, _ops
+from zokernels import _checks, _choice, _ops
 
 Kernel = Callable[..., object]
 
-# Backend name -> (module with KERNELS, device types it serves), fastest first.
+# Backend name -> (module with KERNELS, device types it serves), in the order they are tried.
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpp": ("zokernels.cpp", ("cpu",)),
     "triton": ("zokernels.triton.backend", ("cuda",)),
@@ -27,7 +28,7 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "reference": ("zokernels.reference", ("*",)),
 }
 
-# Op -> backend that serves it before the order above: where a measurement found it faster.
+# Op -> backend that serves it ahead of the order above, read with the backends.
 _FASTER: dict[str, str] = {}
 
 
@@ -39,6 +40,7 @@ class Backend:
     devices: tuple[str, ...]
     kernels: dict[str, Kernel] = field(default_factory=dict)
     reason: str | None = None
+    table: dict[tuple[str, str], Kernel] = field(default_factory=dict, repr=False)
 
     def serves(self, device: str) -> bool:
         return self.reason is None and ("*" in self.devices or device in self.devices)
@@ -46,6 +48,7 @@ class Backend:
 
 _backends: dict[str, Backend] = {}
 _forced: str | None = None
+# (op, device type) -> kernel, as found before, under the backend that is asked for now.
 _table: dict[tuple[str, str], Kernel] = {}
 
 
@@ -66,17 +69,36 @@ def backends() -> dict[str, Backend]:
     """All known backends, loaded or with the reason why not.
 
     Raises:
-        ValueError: ``ZOKERNELS_BACKEND`` names no backend. RuntimeError: the one it names is off.
+        ValueError: ``ZOKERNELS_BACKEND`` names no backend, ``ZOKERNELS_CHOICE`` or the table of
+            measured choices is malformed. RuntimeError: the backend that is asked for is off.
     """
     global _forced
     if not _backends:
         found = {name: _load(name) for name in _KNOWN}
+        chosen = _chosen()
         asked = os.environ.get("ZOKERNELS_BACKEND")
         if asked:
             _require(asked, found)
             _forced = asked
+        _FASTER.update(chosen)
         _backends.update(found)  # last: a request that fails does so on every call
     return _backends
+
+
+def choosable() -> list[str]:
+    """Names of the backends between which a measurement can choose: those for CUDA devices."""
+    return [name for name, (_, devices) in _KNOWN.items() if "cuda" in devices]
+
+
+def _chosen() -> dict[str, str]:
+    """What was measured faster on the current CUDA device, and what the environment asks for."""
+    allowed = {"ops": _ops.SCHEMAS, "names": choosable()}
+    table = _choice.read(_choice.FILE, **allowed)
+    found = {}
+    if table and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        found = table.get(f"sm_{major}{minor}", {})
+    return {**found, **_choice.overrides(**allowed)}
 
 
 def _require(name: str, known: dict[str, Backend]) -> None:
@@ -86,12 +108,10 @@ def _require(name: str, known: dict[str, Backend]) -> None:
         raise RuntimeError(f"backend {name!r} was asked for but is off: {known[name].reason}")
 
 
-def _force(name: str | None) -> None:
-    global _forced
-    if name is not None:
-        _require(name, backends())
-    _forced = name
-    _table.clear()
+def _force(name: str) -> None:
+    global _forced, _table
+    _require(name, backends())
+    _forced, _table = name, _backends[name].table
 
 
 @contextlib.contextmanager
@@ -102,13 +122,14 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: unknown name.
         RuntimeError: the backend is off; the message says why.
     """
-    backends()
-    previous = _forced
+    global _forced, _table
+    backends()  # may itself force one
+    previous = _forced, _table
     _force(name)
     try:
         yield
     finally:
-        _force(previous)
+        _forced, _table = previous
 
 
 def kernel(backend: str, op: str) -> Kernel:
@@ -130,8 +151,9 @@ def kernel(backend: str, op: str) -> Kernel:
 
 def serving(op: str, device: str) -> str:
     """Name of the backend that serves an op on a device type."""
+    known = backends()
     first = _FASTER.get(op)
-    for name, backend in sorted(backends().items(), key=lambda item: item[0] != first):
+    for name, backend in sorted(known.items(), key=lambda item: item[0] != first):
         if (
             (_forced is None or name == _forced)
             and backend.serves(device)
