@@ -24,6 +24,8 @@ class DeComFL(Method):
     The P + 1 losses of a step are one stacked forward. The catch-up is what the server sends with
     an order: every update the client has not seen.
 
+    The paper's federation: 8 clients, 2 of them in a round, batches of 32.
+
     Args:
         perturbations: P.
         steps: K.

@@ -26,7 +26,9 @@ class FedAvg(Method):
     Args:
         payload: ``"tensors"``: there are no scalars to send.
         Otherwise as :class:`~fedzo.methods.base.Method`; ``eps``, ``seeds`` and ``distribution``
-        have no effect. Updates are rounded to nearest.
+        have no effect. Updates are rounded to nearest. Means are uniform over clients unless the
+        federation weights them by the samples they used; the source's weights are their numbers of
+        examples.
 
     Source: McMahan et al. 2017, algorithm 1.
     """

@@ -36,7 +36,7 @@ class FedKSeed(Method):
     are equal the draw is uniform.
 
     The weights of a round are always formed from the first weights of the run, of which one more
-    copy is kept.
+    copy is kept. The paper's batches are of 1.
 
     Args:
         candidates: K.

@@ -42,6 +42,8 @@ class FedMeZO(Method):
     With partial participation a client's last known signal counts, and the means are over the
     round's clients that have one [reconstructed: the paper's clients all take part].
 
+    The paper's federation: 3 clients, batches of 1.
+
     Args:
         signal: one of the above.
         phi: half-width of the rates relative to ``lr``, in [0, 1) [from the official code: 5e-6

@@ -33,7 +33,8 @@ class FedSPZO(Method):
     is block 1's share of the FLOPs.
 
     Blocks, extra perturbations and reused activations are the paper's; the loop, and every default
-    here, is reconstructed, consistent with every published fact.
+    here, is reconstructed, consistent with every published fact; so are batches of 8. A parameter
+    of both blocks, such as a tied embedding, belongs to block 1.
 
     Args:
         block1: P1.
