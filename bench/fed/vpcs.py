@@ -33,7 +33,7 @@ Row = dict[str, str]
 def main() -> None:
     parser = arguments(__doc__, clients=8)
     parser.add_argument("--single", type=int, default=4)
-    parser.add_argument("--lr", default="1e-3,3e-3,1e-2")
+    parser.add_argument("--lr", default="1e-3,1e-2")
     parser.add_argument("--steps", type=int, default=100, help="T_cali")
     args = parser.parse_args()
     args.split = f"label:{args.single}" if args.single else "iid"
