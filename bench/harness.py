@@ -83,6 +83,7 @@ def interleave(
     chunk: float = 0.3,
     max_repeats: int = 10,
     sync: Callable[[], object] | None = None,
+    after: Mapping[str, Callable[[], object]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
     """Time several callables round robin.
@@ -99,6 +100,7 @@ def interleave(
         chunk: seconds a fast case fills inside a round.
         max_repeats: most calls of one case inside a round.
         sync: waits for the device, called before every reading of the clock.
+        after: untimed work after every call of a case, by its name.
         clock: seconds; tests pass their own.
 
     Raises:
@@ -111,21 +113,26 @@ def interleave(
             f"min_rounds must be in [1, rounds]; got min_rounds={min_rounds}, rounds={rounds}"
         )
 
-    def once(fn: Callable[[], object]) -> float:
+    undo = after or {}
+
+    def once(name: str) -> float:
         if sync:
             sync()
         start = clock()
-        fn()
+        cases[name]()
         if sync:
             sync()
-        return clock() - start
+        seconds = clock() - start
+        if name in undo:
+            undo[name]()
+        return seconds
 
     begin = clock()
     repeats = dict.fromkeys(cases, 1)
-    for name, fn in cases.items():
+    for name in cases:
         calls = warmup if isinstance(warmup, int) else warmup.get(name, 1)
         for _ in range(calls):
-            last = once(fn)
+            last = once(name)
             repeats[name] = min(max_repeats, max(1, int(chunk / max(last, 1e-9))))
 
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -139,7 +146,7 @@ def interleave(
                 break
             shift = r % len(names)
             for name in names[shift:] + names[:shift]:
-                values = [once(cases[name]) for _ in range(repeats[name])]
+                values = [once(name) for _ in range(repeats[name])]
                 seconds[name].append(float(np.median(values)))
     finally:
         if collecting:
@@ -198,12 +205,21 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def commit() -> str:
-    """Short commit of the package; ``+`` marks uncommitted changes to code that is measured."""
+    """Short commit of the package; ``+`` marks uncommitted changes to code that is measured.
+
+    A checkout without its history is told by ``ZOKERNELS_COMMIT``.
+    """
+    given = os.environ.get("ZOKERNELS_COMMIT")
+    if given:
+        return given
     head = _git("rev-parse", "--short=10", "HEAD")
     if head is None:
         return "unknown"

@@ -1,0 +1,219 @@
+"""Whole steps in bf16 with random weights: ours on every backend, MeZO's loop, two forwards."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import zokernels as zo
+from bench import harness, models
+from bench.gpu.machine import Machine, Run
+from bench.peers.mezo import VARIANTS, MeZOLoop
+from zokernels.planner import plan_linear
+
+FORWARDS, FORWARDS_GRAPH = "two forwards", "two forwards, graph"
+STEP, STEP_GRAPH = "step", "step, graph"
+MEZO = tuple(f"mezo {v}" for v in VARIANTS)
+KEY = ("model", "batch", "length", "case", "backend")
+
+# A case, and the backend under which it runs ("torch": none of ours takes part).
+Name = tuple[str, str]
+TORCH = "torch"
+
+
+@dataclass
+class StepCases:
+    """Callables to time in turns.
+
+    Attributes:
+        runs: ``case [backend]`` -> one step, or two forwards; names: what that key stands for.
+        after: untimed work after a call; left_out: what could not be made, with the reason.
+    """
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    names: dict[str, Name] = field(default_factory=dict)
+    after: dict[str, Run] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, case: str, backend: str, run: Run, after: Run | None = None) -> None:
+        """One more case."""
+        key = f"{case} [{backend}]"
+        self.runs[key], self.names[key] = run, (case, backend)
+        if after:
+            self.after[key] = after
+
+    def try_graph(self, case: str, backend: str, make: Callable[[], Run]) -> None:
+        """A case that records a graph first; one that cannot be recorded is left out."""
+        try:
+            self.add(case, backend, make())
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            self.left_out.append(f"{case} [{backend}]: {type(error).__name__}: {reason}")
+
+
+def build(name: str, device: str) -> PreTrainedModel:
+    """Random weights in bf16, made on the device."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(models.config(name), dtype=torch.bfloat16)
+    return model.eval()
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def weights_of(name: str) -> int:
+    """Bytes of a model's weights in bf16, without making it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(models.config(name), dtype=torch.bfloat16)
+    return sum(p.numel() * 2 for p in model.parameters())
+
+
+def describe(name: str, size: tuple[int, int], architecture: str) -> str:
+    """The plans of a model's layers for a batch, by the planner's model."""
+    config = models.config(name)
+    hidden = config.hidden_size
+    wide = getattr(config, "ffn_dim", None) or config.intermediate_size
+    tokens = math.prod(size)
+    parts = []
+    for rows, cols in ((hidden, hidden), (wide, hidden), (hidden, wide)):
+        found = plan_linear(rows, cols, tokens=tokens, dtype=torch.bfloat16, device=architecture)
+        parts.append(f"{rows}x{cols} {found.kind} {(found.seconds or 0) * 1e6:.0f} us")
+    return ", ".join(parts)
+
+
+def _under(backend: str, run: Run) -> Run:
+    def forced() -> object:
+        with zo.use_backend(backend):
+            return run()
+
+    return forced
+
+
+def cases(
+    machine: Machine, model: PreTrainedModel, batch: models.Batch, backends: list[str]
+) -> StepCases:
+    """What is timed on a model and a batch."""
+    found = StepCases()
+
+    def plain() -> None:
+        with torch.inference_mode():
+            model(**batch)
+            model(**batch)
+
+    @torch.no_grad()
+    def forwards() -> None:
+        model(**batch)
+        model(**batch)
+
+    found.add(FORWARDS, TORCH, plain)
+    found.try_graph(FORWARDS_GRAPH, TORCH, lambda: machine.graph(forwards))
+    for backend in backends:
+        optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3)
+        found.add(STEP, backend, _under(backend, lambda o=optimizer: o.step(batch)))
+
+        def graphed(backend: str = backend) -> Run:
+            with zo.use_backend(backend):
+                step = machine.graphed_step(zo.MeZO(model, lr=1e-9, eps=1e-3, seed=1), batch)
+            return _under(backend, lambda: step(batch))
+
+        found.try_graph(STEP_GRAPH, backend, graphed)
+    _add_mezo(found, machine, model, batch)
+    return found
+
+
+def _add_mezo(
+    found: StepCases, machine: Machine, model: PreTrainedModel, batch: models.Batch
+) -> None:
+    held = [(p, p.data) for p in model.parameters()]
+
+    def restore() -> None:
+        # "plain" gives every parameter new memory; graphs were recorded with the old.
+        for p, data in held:
+            p.data = data
+
+    for variant in VARIANTS:
+        again = restore if variant == "plain" else None
+        if again and machine.free() < 1.2 * weight_bytes(model):
+            found.left_out.append(
+                f"mezo {variant} [{TORCH}]: no memory for a second set of weights"
+            )
+            continue
+        loop = MeZOLoop(model, lr=1e-9, eps=1e-3, variant=variant)
+        seeds = itertools.count(1)
+        found.add(
+            f"mezo {variant}",
+            TORCH,
+            lambda loop=loop, seeds=seeds: loop.step(lambda: model(**batch).loss, next(seeds)),
+            again,
+        )
+
+
+def peaks(
+    machine: Machine, model: PreTrainedModel, batch: models.Batch, backends: list[str]
+) -> dict[Name, int]:
+    """Peak bytes above the weights; besides the cases, a forward and one of the stacked batch."""
+    found: dict[Name, int] = {}
+    for backend in backends:
+        optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3)
+        run = _under(backend, lambda o=optimizer: o.step(batch))
+        found[STEP, backend] = machine.peak(run)
+    loop = MeZOLoop(model, lr=1e-9, eps=1e-3, variant="add_")
+    found["mezo add_", TORCH] = machine.peak(lambda: loop.step(lambda: model(**batch).loss, 1))
+    stacked = {k: torch.cat([v, v]) for k, v in batch.items()}
+    with torch.inference_mode():
+        found["stacked forward", TORCH] = machine.peak(lambda: model(**stacked))
+        found["forward", TORCH] = machine.peak(lambda: model(**batch))
+    return found
+
+
+def rows(
+    base: harness.Row,
+    names: dict[str, Name],
+    timings: harness.Timings,
+    weights: int,
+    memory: dict[Name, int],
+) -> list[harness.Row]:
+    """One row a case: milliseconds, speed-up over the better MeZO, cost in two forwards.
+
+    A graph is held against two forwards in a graph where there is one, everything else against
+    them as they are.
+    """
+    key = {name: k for k, name in names.items()}
+    best = timings.fastest(k for k, (case, _) in names.items() if case in MEZO)
+    stacked = memory["stacked forward", TORCH]
+    found = []
+    for k, (case, backend) in names.items():
+        time_of = timings.stat(k)
+        against = FORWARDS
+        if case in (STEP_GRAPH, FORWARDS_GRAPH) and (FORWARDS_GRAPH, TORCH) in key:
+            against = FORWARDS_GRAPH
+        peak = memory.get((case, backend))
+        found.append(
+            {
+                **base,
+                "case": case,
+                "backend": backend,
+                "ms": round(time_of.median * 1e3, 3),
+                "ms_p20": round(time_of.low * 1e3, 3),
+                "ms_p80": round(time_of.high * 1e3, 3),
+                "rounds": time_of.rounds,
+                "speedup": round(timings.ratio(best, k).median, 3),
+                "vs_two_forwards": round(timings.ratio(k, key[against, TORCH]).median, 3),
+                "against": against,
+                "best_mezo": names[best][0],
+                "peak_mib": "" if peak is None else round((weights + peak) / 2**20, 1),
+                "peak_vs_stacked_forward": (
+                    "" if peak is None else round((weights + peak) / (weights + stacked), 4)
+                ),
+            }
+        )
+    return found
