@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import cuda_emulated
 import model_zoo as zoo
 import pytest
-import test_sparse_conformance as sparse
 import torch
 from test_conformance import *  # noqa: F403
 
@@ -25,16 +24,6 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_every_op_of_the_backend_is_an_op() -> None:
     assert set(cuda_emulated.native().kernels()) <= set(_ops.SCHEMAS)
-
-
-# The ops under a mask that the backend has, by that suite's own tests.
-test_sparse_displace = sparse.test_displace
-test_sparse_noise_is_a_vectors = sparse.test_displace_is_the_noise_of_a_vector
-test_sparse_displace_reads_any_strides = sparse.test_displace_reads_any_strides
-test_sparse_parts = sparse.test_part_of_the_list_with_its_offset_is_part_of_the_values
-test_sparse_update = sparse.test_update
-test_sparse_replay = sparse.test_a_replay_is_its_steps_bit_for_bit
-test_sparse_update_of_any_strides = sparse.test_update_writes_through_any_strides
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2"])

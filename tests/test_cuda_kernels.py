@@ -203,7 +203,7 @@ def native(multiprocessors: int = 4) -> Native:
 
 
 def results(kernels: dict, dtype: torch.dtype, distribution: str, rounding: str) -> list[Tensor]:
-    """Everything no product has a part in."""
+    """Everything but products with displaced weights; those under a mask are torch's, corrected."""
     w = rand(9, 1700, dtype=dtype)
     w[0, :4] = torch.tensor([float("nan"), float("inf"), 1e-40, -0.0]).to(dtype)
     seeds, c = seeds_of(3), table(3, 3)
@@ -240,6 +240,19 @@ def results(kernels: dict, dtype: torch.dtype, distribution: str, rounding: str)
     out.append(kernels["sparse_displace"](w, *masked))
     params, shadows = [w.clone()], [shadow.clone()]
     kernels["sparse_update_"](params, [index], shadows, seeds, c[0], decay, [PID], distribution)
+    # Rows full of elements and with few, very few elements, none; two blocks of tokens.
+    v, x = rand(100, 70, dtype=dtype), rand(3, 66, 70, dtype=dtype, seed=5)
+    dense = torch.cat([torch.arange(70 * 9), torch.arange(70 * 9, v.numel(), 11)])
+    for index in (dense, dense[-9:], dense[:0]):
+        shadow = v.reshape(-1)[index].float()
+        masked = (index, shadow, seeds, c, PID, 300, distribution)
+        for bias in (None, rand(100, dtype=dtype), rand(3, 100)):
+            out.append(kernels["sparse_linear"](x, v, bias, *masked, False, False))
+        out.append(kernels["sparse_linear"](x[0], v, rand(3, 100), *masked, True, False))
+        out.append(
+            kernels["sparse_linear"](rand(3, 2, 100, dtype=dtype), v, None, *masked, False, True)
+        )
+        out.append(kernels["sparse_embedding"](ids_of, v, *masked, False))
     return out + params + shadows
 
 

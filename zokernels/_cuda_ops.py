@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokernels._cuda_hopper import Wgmma
+from zokernels._cuda_sparse import Sparse
 from zokernels._native import DISTRIBUTION, check_index, written
 from zokernels.noise import matrix_shape
 
@@ -59,6 +61,7 @@ class Native:
         multiprocessors: of a device.
         capturing: whether a CUDA graph is being recorded: then no value may be read on the host,
             and indices go unchecked.
+        wgmma_tokens: tokens a branch up to which a device multiplies by wgmma; 0: it has none.
     """
 
     def __init__(
@@ -68,18 +71,22 @@ class Native:
         stream: Callable[[torch.device], int],
         multiprocessors: Callable[[torch.device], int],
         capturing: Callable[[], bool],
+        wgmma_tokens: Callable[[torch.device], int] = lambda device: 0,
     ) -> None:
         self._displace = ops.displace_.default
         self._update = ops.update_.default
         self._project_rows = ops.project_rows.default
         self._project = ops.project_.default
         self._displace_vectors = ops.displace_vectors_.default
-        self._sparse_update = ops.sparse_update_.default
         self._linear = ops.linear_.default
         self._table_bytes = ops.table_bytes.default
         self._stream = stream
         self._multiprocessors = multiprocessors
         self._capturing = capturing
+        self.wgmma = Wgmma(ops, stream=stream, multiprocessors=multiprocessors, limit=wgmma_tokens)
+        self._sparse = Sparse(
+            ops, values=self._vectors, table=self._table, stream=stream, capturing=capturing
+        )
 
     def sample(
         self,
@@ -245,6 +252,7 @@ class Native:
         param_ids: list[int],
         offset: int,
         distribution: str,
+        less_held: bool = False,
     ) -> Tensor:
         lengths = [t.numel() for t in (indices or tensors)]
         size = coeffs.shape[0] * sum(lengths)
@@ -259,6 +267,7 @@ class Native:
             param_ids,
             offset,
             DISTRIBUTION[distribution],
+            less_held,
             self._table(len(tensors), out.device),
             self._stream(out.device),
         )
@@ -274,65 +283,6 @@ class Native:
     ) -> Tensor:
         dense = [v.detach().contiguous() for v in vectors]
         return self._vectors(dense, [], [], seeds, coeffs, param_ids, 0, distribution)
-
-    def sparse_displace(
-        self,
-        w: Tensor,
-        indices: Tensor,
-        shadow: Tensor,
-        seeds: Tensor,
-        coeffs: Tensor,
-        param_id: int,
-        offset: int,
-        distribution: str,
-    ) -> Tensor:
-        if not w.is_contiguous():  # its values, in torch, and their noise
-            held = torch.take(w.detach(), indices)
-            w, indices = held, torch.arange(indices.numel(), device=indices.device)
-        self._check_index("indices", indices, w.numel(), "")
-        out = self._vectors(
-            [w.detach()],
-            [indices.contiguous()],
-            [shadow.contiguous()],
-            seeds,
-            coeffs,
-            [param_id],
-            offset,
-            distribution,
-        )
-        return out.view(coeffs.shape[0], indices.numel())
-
-    def sparse_update_(
-        self,
-        params: list[Tensor],
-        indices: list[Tensor],
-        shadows: list[Tensor],
-        seeds: Tensor,
-        coeffs: Tensor,
-        decay: Tensor | None,
-        param_ids: list[int],
-        distribution: str,
-    ) -> None:
-        for param, index in zip(params, indices, strict=True):
-            self._check_index("indices", index, param.numel(), "")
-        dense = [p.detach().contiguous() for p in params]
-        held = [s.contiguous() for s in shadows]
-        self._sparse_update(
-            dense,
-            [i.contiguous() for i in indices],
-            held,
-            seeds.contiguous(),
-            coeffs.contiguous(),
-            None if decay is None else decay.contiguous(),
-            param_ids,
-            DISTRIBUTION[distribution],
-            self._table(len(params), seeds.device),
-            self._stream(seeds.device),
-        )
-        for param, copy in zip([*params, *shadows], [*dense, *held], strict=True):
-            if copy.data_ptr() != param.data_ptr():
-                param.detach().copy_(copy)
-        written([*params, *shadows])
 
     def takes_fused(
         self, x: Tensor, w: Tensor, tokens: int, col_offset: int, transposed: bool
@@ -377,6 +327,8 @@ class Native:
             return y if bias is None else y + bias.to(w.dtype).view(branches, *[1] * len(lead), -1)
         if self.takes_fused(x, w, tokens, col_offset, transposed):
             y = self._fused(x, w, bias, seeds, coeffs, *place, shared, None)
+        elif self.takes_fused(x, w, 1, col_offset, transposed) and self.wgmma.takes(x, w, tokens):
+            y = self.wgmma.linear(x, w, bias, seeds, coeffs, *place, shared)
         else:
             y = self._tiles(x, w, bias, seeds, coeffs, *place, transposed)
         return y.view(branches, *lead, fan_out)
@@ -616,6 +568,5 @@ class Native:
             "embedding": self.embedding,
             "linear_cross_entropy": self.linear_cross_entropy,
             "displace_vectors": self.displace_vectors,
-            "sparse_displace": self.sparse_displace,
-            "sparse_update_": self.sparse_update_,
+            **self._sparse.kernels(),
         }

@@ -260,11 +260,12 @@ Tables vectors_of(const std::vector<Tensor>& tensors, const std::vector<Tensor>&
   return t;
 }
 
-// out float32, flat: for vector after vector its [branches, n]. indices and shadows may be empty.
+// out float32, flat: for vector after vector its [branches, n]. indices and shadows may be empty;
+// less_held, what the weights hold is taken off.
 void displace_vectors_(Tensor out, std::vector<Tensor> tensors, std::vector<Tensor> indices,
                        std::vector<Tensor> shadows, Tensor seeds, Tensor coeffs,
                        std::vector<int64_t> param_ids, int64_t offset, int64_t distribution,
-                       Tensor table, int64_t stream) {
+                       bool less_held, Tensor table, int64_t stream) {
   const Guard guard(table);
   VectorArgs a;
   a.distribution = static_cast<Distribution>(distribution);
@@ -272,6 +273,7 @@ void displace_vectors_(Tensor out, std::vector<Tensor> tensors, std::vector<Tens
   a.coeffs = static_cast<const float*>(coeffs.data_ptr());
   a.out = static_cast<float*>(out.data_ptr());
   a.branches = coeffs.size(0);
+  a.less_held = less_held && !indices.empty();
   a.table = vectors_of(tensors, indices, shadows, param_ids, offset)
                 .to_device(static_cast<char*>(table.data_ptr()), stream_of(stream));
   check(displace_vectors(a, stream_of(stream)));
@@ -292,13 +294,60 @@ void sparse_update_(std::vector<Tensor> params, std::vector<Tensor> indices,
   check(sparse_update(a, stream_of(stream)));
 }
 
-// y [branches, tokens, rows], x [branches or 1, tokens, cols], all contiguous; w 16-bit, aligned.
-void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
-             std::optional<Tensor> pending_seeds, std::optional<Tensor> pending_coeffs,
-             std::optional<Tensor> pending_decay, bool pending_stochastic, int64_t param_id,
-             int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared,
-             int64_t multiprocessors, int64_t stream) {
+// y [branches, tokens, outputs] and plain [branches or 1, tokens, outputs] contiguous; x [branches
+// or 1, tokens, inputs] of any strides; difference [branches, count]; order none: as indices.
+void sparse_correct_(Tensor y, Tensor plain, Tensor x, std::optional<Tensor> bias,
+                     Tensor difference, Tensor indices, std::optional<Tensor> order, bool shared,
+                     int64_t stream) {
   const Guard guard(y);
+  CorrectArgs a;
+  a.dtype = dtype_of(y);
+  a.branches = y.size(0);
+  a.tokens = y.size(1);
+  a.outputs = y.size(2);
+  a.inputs = x.size(2);
+  a.plain = static_cast<const char*>(plain.data_ptr());
+  a.plain_branch_stride = shared ? 0 : a.tokens * a.outputs;
+  a.y = static_cast<char*>(y.data_ptr());
+  a.x = static_cast<const char*>(x.data_ptr());
+  a.x_branch_stride = shared ? 0 : x.stride(0);
+  a.x_token_stride = x.stride(1);
+  a.x_column_stride = x.stride(2);
+  a.indices = static_cast<const int64_t*>(indices.data_ptr());
+  a.order = order ? static_cast<const int64_t*>(order->data_ptr()) : nullptr;
+  a.difference = static_cast<const float*>(difference.data_ptr());
+  a.count = indices.numel();
+  if (bias) {
+    a.bias = bias->data_ptr();
+    a.bias_dtype = dtype_of(*bias);
+  }
+  check(sparse_correct(a, stream_of(stream)));
+}
+
+// out [branches, tokens, cols], contiguous, holds the rows; values [branches, count].
+void sparse_rows_(Tensor out, Tensor ids, Tensor values, Tensor indices, bool own_ids,
+                  int64_t stream) {
+  const Guard guard(out);
+  RowsArgs a;
+  a.out = static_cast<char*>(out.data_ptr());
+  a.dtype = dtype_of(out);
+  a.ids = ids.data_ptr();
+  a.wide_ids = ids.scalar_type() == ScalarType::Long;
+  a.own_ids = own_ids;
+  a.indices = static_cast<const int64_t*>(indices.data_ptr());
+  a.values = static_cast<const float*>(values.data_ptr());
+  a.count = indices.numel();
+  a.branches = out.size(0);
+  a.tokens = out.size(1);
+  a.cols = out.size(2);
+  check(sparse_rows(a, stream_of(stream)));
+}
+
+// y [branches, tokens, rows], x [branches or 1, tokens, cols], all contiguous; w 16-bit, aligned.
+LinearArgs linear_args(const Tensor& y, const Tensor& x, const Tensor& w,
+                       const std::optional<Tensor>& bias, const Tensor& seeds, const Tensor& coeffs,
+                       int64_t param_id, int64_t row_offset, int64_t col_offset,
+                       int64_t distribution, bool shared) {
   LinearArgs a;
   a.w = matrix_of(w, col_offset, 8);
   if (!a.w.vec || a.w.dtype == DType::f32 || a.w.cols % 8 || col_offset % kGaussianGroup)
@@ -316,6 +365,17 @@ void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor se
   a.y = static_cast<char*>(y.data_ptr());
   a.terms = seeds_of(seeds);
   a.coeffs = static_cast<const float*>(coeffs.data_ptr());
+  return a;
+}
+
+void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
+             std::optional<Tensor> pending_seeds, std::optional<Tensor> pending_coeffs,
+             std::optional<Tensor> pending_decay, bool pending_stochastic, int64_t param_id,
+             int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared,
+             int64_t multiprocessors, int64_t stream) {
+  const Guard guard(y);
+  LinearArgs a = linear_args(y, x, w, bias, seeds, coeffs, param_id, row_offset, col_offset,
+                             distribution, shared);
   if (pending_seeds) {
     a.pending = seeds_of(*pending_seeds);
     a.pending_coeffs = floats_of(pending_coeffs);
@@ -324,6 +384,23 @@ void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor se
   }
   a.multiprocessors = static_cast<int>(multiprocessors);
   check(linear(a, stream_of(stream)));
+}
+
+// partial float32 [parts, branches, tokens, rows], parts from linear_sm90_parts; none: one part.
+void linear_sm90_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds,
+                  Tensor coeffs, std::optional<Tensor> partial, int64_t param_id,
+                  int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared,
+                  int64_t stream) {
+  const Guard guard(y);
+  const LinearArgs a = linear_args(y, x, w, bias, seeds, coeffs, param_id, row_offset, col_offset,
+                                   distribution, shared);
+  auto* const sums = partial ? static_cast<float*>(partial->data_ptr()) : nullptr;
+  check(linear_sm90(a, sums, partial ? static_cast<int>(partial->size(0)) : 1, stream_of(stream)));
+}
+
+int64_t linear_sm90_parts_(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
+                           int64_t multiprocessors) {
+  return linear_sm90_parts(rows, cols, tokens, branches, static_cast<int>(multiprocessors));
 }
 
 int64_t table_bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(Entry)); }
@@ -347,17 +424,30 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
       "Tensor(c!) partial, int stream) -> ()");
   m.def(
       "displace_vectors_(Tensor(a!) out, Tensor[] tensors, Tensor[] indices, Tensor[] shadows, "
-      "Tensor seeds, Tensor coeffs, int[] param_ids, int offset, int distribution, "
+      "Tensor seeds, Tensor coeffs, int[] param_ids, int offset, int distribution, bool less_held, "
       "Tensor(b!) table, int stream) -> ()");
   m.def(
       "sparse_update_(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] shadows, Tensor seeds, "
       "Tensor coeffs, Tensor? decay, int[] param_ids, int distribution, Tensor(c!) table, "
       "int stream) -> ()");
   m.def(
+      "sparse_correct_(Tensor(a!) y, Tensor plain, Tensor x, Tensor? bias, Tensor difference, "
+      "Tensor indices, Tensor? order, bool shared, int stream) -> ()");
+  m.def(
+      "sparse_rows_(Tensor(a!) out, Tensor ids, Tensor values, Tensor indices, bool own_ids, "
+      "int stream) -> ()");
+  m.def(
       "linear_(Tensor(a!) y, Tensor x, Tensor(b!) w, Tensor? bias, Tensor seeds, Tensor coeffs, "
       "Tensor? pending_seeds, Tensor? pending_coeffs, Tensor? pending_decay, "
       "bool pending_stochastic, int param_id, int row_offset, int col_offset, int distribution, "
       "bool shared, int multiprocessors, int stream) -> ()");
+  m.def(
+      "linear_sm90_(Tensor(a!) y, Tensor x, Tensor w, Tensor? bias, Tensor seeds, Tensor coeffs, "
+      "Tensor(b!)? partial, int param_id, int row_offset, int col_offset, int distribution, "
+      "bool shared, int stream) -> ()");
+  m.def(
+      "linear_sm90_parts(int rows, int cols, int tokens, int branches, int multiprocessors) -> int");
+  m.def("has_sm90a() -> bool");
   m.def("table_bytes(int count) -> int");
 }
 
@@ -370,7 +460,12 @@ STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("project_", TORCH_BOX(&zk::project_));
   m.impl("displace_vectors_", TORCH_BOX(&zk::displace_vectors_));
   m.impl("sparse_update_", TORCH_BOX(&zk::sparse_update_));
+  m.impl("sparse_correct_", TORCH_BOX(&zk::sparse_correct_));
+  m.impl("sparse_rows_", TORCH_BOX(&zk::sparse_rows_));
   m.impl("linear_", TORCH_BOX(&zk::linear_));
+  m.impl("linear_sm90_", TORCH_BOX(&zk::linear_sm90_));
+  m.impl("linear_sm90_parts", TORCH_BOX(&zk::linear_sm90_parts_));
+  m.impl("has_sm90a", TORCH_BOX(&zk::has_sm90a));
   m.impl("table_bytes", TORCH_BOX(&zk::table_bytes));
 }
 

@@ -49,7 +49,13 @@ ZK_DEVICE void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 ZK_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
 }
+ZK_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 ZK_DEVICE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+// What `lane` holds.
+ZK_DEVICE int32_t from_lane(int32_t x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+ZK_DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+// How many lanes say yes.
+ZK_DEVICE int count_lanes(bool yes) { return __popc(__ballot_sync(0xFFFFFFFFu, yes)); }
 
 extern __shared__ __align__(16) char zk_shared[];
 ZK_DEVICE char* shared() { return zk_shared; }

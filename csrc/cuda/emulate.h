@@ -34,6 +34,7 @@ struct Thread {
   bool done = false;
   bool waiting = false;
   std::vector<std::vector<Copy>> groups{1};
+  int products = 0;  // of a warpgroup, not waited for (emulate_hopper.h)
 };
 
 struct Meeting {
@@ -51,6 +52,9 @@ struct Block {
   Meeting all;
   std::vector<Meeting> warp;
   std::vector<uint64_t> slots;  // [threads][8]: operands of warp operations
+  uint64_t number = 0;          // of blocks begun
+  uint64_t progress = 0;        // events that let waiting threads go on, beside meetings
+  int bulk_copies = 0;          // in flight
   ucontext_t scheduler;
   std::function<void()> body;
 };
@@ -104,6 +108,8 @@ inline void run_fiber() {
   b.body();
   for (const auto& group : b.thread[static_cast<size_t>(b.current)].groups)
     if (!group.empty()) fail("a thread ended with copies in flight");
+  if (b.thread[static_cast<size_t>(b.current)].products)
+    fail("a thread ended with products in flight");
   b.thread[static_cast<size_t>(b.current)].done = true;
   --b.alive;
   yield();
@@ -117,6 +123,8 @@ inline void run_block(int threads, size_t shared_bytes) {
   }();
   Block& b = block();
   b.threads = b.alive = threads;
+  ++b.number;
+  b.bulk_copies = 0;
   if (b.thread.size() < static_cast<size_t>(threads)) b.thread.resize(static_cast<size_t>(threads));
   b.shared.assign(shared_bytes + 16, '\xFF');
   b.all = {};
@@ -127,6 +135,7 @@ inline void run_block(int threads, size_t shared_bytes) {
     if (!f.stack) f.stack.reset(new char[kStack]);
     f.done = f.waiting = false;
     f.groups.assign(1, {});
+    f.products = 0;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
@@ -135,7 +144,7 @@ inline void run_block(int threads, size_t shared_bytes) {
   }
   while (b.alive) {
     const int alive = b.alive;
-    const uint64_t generation = b.all.generation;
+    const uint64_t generation = b.all.generation, progress = b.progress;
     uint64_t warps = 0, warps_after = 0;
     for (const Meeting& m : b.warp) warps += m.generation;
     for (int i = 0; i < threads; ++i) {
@@ -144,9 +153,11 @@ inline void run_block(int threads, size_t shared_bytes) {
       if (!f.done) swapcontext(&b.scheduler, &f.context);
     }
     for (const Meeting& m : b.warp) warps_after += m.generation;
-    if (b.alive == alive && b.all.generation == generation && warps == warps_after)
+    if (b.alive == alive && b.all.generation == generation && warps == warps_after &&
+        b.progress == progress)
       fail("some threads wait for others that have ended or wait elsewhere");
   }
+  if (b.bulk_copies) fail("a block ended with bulk copies in flight");
 }
 
 struct Grid {
@@ -190,6 +201,28 @@ T shuffle_xor(T x, int mask) {
   std::memcpy(&y, emulate::slot(me ^ mask), sizeof y);
   emulate::meet_warp();
   return y;
+}
+
+template <class T>
+T from_lane(T x, int lane) {
+  const int me = thread();
+  std::memcpy(emulate::slot(me), &x, sizeof x);
+  emulate::meet_warp();
+  T y;
+  std::memcpy(&y, emulate::slot(me / emulate::kWarp * emulate::kWarp + lane), sizeof y);
+  emulate::meet_warp();
+  return y;
+}
+
+inline int count_lanes(bool yes) {
+  const int me = thread(), first = me / emulate::kWarp * emulate::kWarp;
+  *emulate::slot(me) = yes;
+  emulate::meet_warp();
+  int count = 0;
+  for (int lane = 0; lane < emulate::warp_size(me / emulate::kWarp); ++lane)
+    count += static_cast<int>(*emulate::slot(first + lane));
+  emulate::meet_warp();
+  return count;
 }
 
 inline char* shared() {

@@ -96,8 +96,8 @@ struct ProjectArgs {
 };
 
 // Vectors, tiles of 4 columns a quarter. displace_vectors: out[out_at * branches + g * n + i] =
-// v[i] + sum_k coeffs[g, k] z_k[i]. sparse_update: v = v * decay_k + coeffs[k] z_k for every k,
-// into the shadow and, rounded, into the weight.
+// v[i] + sum_k coeffs[g, k] z_k[i], less what the weight holds if so asked. sparse_update: v = v *
+// decay_k + coeffs[k] z_k for every k, into the shadow and, rounded, into the weight.
 struct VectorArgs {
   Table table;
   Distribution distribution = Distribution::gaussian;
@@ -106,6 +106,37 @@ struct VectorArgs {
   const float* decay = nullptr;
   float* out = nullptr;
   int64_t branches = 1;
+  bool less_held = false;
+};
+
+// y[g, t, o] = round(plain[g, t, o] + sum_e difference[g, e] x[g, t, i] + bias[g, o]), e the elements
+// (o, i) of a mask in order; y may be plain.
+struct CorrectArgs {
+  DType dtype = DType::f32;  // of x, plain and y
+  const char* plain = nullptr;
+  int64_t plain_branch_stride = 0;
+  char* y = nullptr;  // [branches, tokens, outputs], contiguous
+  const char* x = nullptr;
+  int64_t x_branch_stride = 0, x_token_stride = 0, x_column_stride = 0;
+  const int64_t* indices = nullptr;   // [count], o * inputs + i, increasing
+  const int64_t* order = nullptr;     // [count], columns of difference; null: as they come
+  const float* difference = nullptr;  // [branches, count]
+  int64_t count = 0;
+  const void* bias = nullptr;  // [branches, outputs], contiguous, or null
+  DType bias_dtype = DType::f32;
+  int64_t tokens = 0, branches = 0, inputs = 0, outputs = 0;
+};
+
+// out[g, t, i] = round(values[g, e]), e the elements (ids[(g,) t], i) of a mask.
+struct RowsArgs {
+  char* out = nullptr;  // [branches, tokens, cols], contiguous
+  DType dtype = DType::f32;
+  const void* ids = nullptr;
+  bool wide_ids = true;
+  bool own_ids = false;              // [branches, tokens] instead of [tokens]
+  const int64_t* indices = nullptr;  // [count], row * cols + i, increasing
+  const float* values = nullptr;     // [branches, count]
+  int64_t count = 0, tokens = 0, branches = 0, cols = 0;
 };
 
 // y[g, t, n] = sum_c x[g, t, c] round(w[n, c] + sum_k coeffs[g, k] z_k[n, c]) + bias[g, n], 16-bit.
@@ -166,7 +197,16 @@ const char* project_sum(const double* partial, int64_t blocks, int64_t terms, fl
                         void* stream);
 const char* displace_vectors(const VectorArgs&, void* stream);
 const char* sparse_update(const VectorArgs&, void* stream);
+const char* sparse_correct(const CorrectArgs&, void* stream);
+const char* sparse_rows(const RowsArgs&, void* stream);
 const char* linear(const LinearArgs&, void* stream);
+// The same by wgmma, for devices of compute capability 9.0: whether this build has it; into how many
+// parts of the columns a product is split; and the product, without a pending update. `partial`:
+// [parts, branches, tokens, rows] unless parts is 1.
+bool has_sm90a();
+int linear_sm90_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
+                      int multiprocessors);
+const char* linear_sm90(const LinearArgs&, float* partial, int parts, void* stream);
 
 // Null when this build has code that the current device runs; else what is wrong.
 const char* probe();

@@ -3,7 +3,8 @@
 // A masked parameter is the vector of its n elements that move: `indices` says where they lie in
 // the weight, `shadow` holds them in float32. The shadow counts where its rounding is what the
 // weight holds, else the weight does. Units are access.h's, of a matrix of one row; a thread reads
-// its indices and shadows in runs and the weights one by one.
+// its indices and shadows in runs and the weights one by one. What a mask does in products is in
+// sparse.cu.
 #include "access.h"
 #include "launch.h"
 
@@ -78,6 +79,13 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_vectors_kernel(const VectorArgs a
         acc[1][j][i] = fma32(c1, z[j], acc[1][j][i]);
       }
     }
+  }
+  if (a.less_held) {
+    for_columns(e, u, [&](int j, int i, int64_t col) {
+      const float held = load_one(e.m.data, e.indices[col], e.m.dtype);
+      acc[0][j][i] -= held;
+      acc[1][j][i] -= held;
+    });
   }
   float* out = a.out + e.out_at * a.branches + first * e.m.cols;
   for_columns(e, u, [&](int j, int i, int64_t col) {
