@@ -12,6 +12,7 @@ import torch
 
 from zokernels._cuda_ops import Native
 from zokernels._load import native_library
+from zokernels.triton.devices import of_device
 
 if torch.version.cuda is None:
     raise ImportError(f"torch {torch.__version__} is built without CUDA")
@@ -41,11 +42,18 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def _wgmma_tokens(device: torch.device) -> int:
+    nine = torch.cuda.get_device_capability(device) == (9, 0)
+    return of_device(str(device)).wgmma if nine else 0
+
+
 native = Native(
     torch.ops.zokernels_cuda,
     stream=_stream,
     multiprocessors=_multiprocessors,
     capturing=torch.cuda.is_current_stream_capturing,
+    wgmma_tokens=_wgmma_tokens,
 )
 
 KERNELS: dict[str, Callable[..., object]] = native.kernels()

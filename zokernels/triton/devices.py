@@ -26,6 +26,8 @@ class Architecture:
         bandwidth: bytes a second of device memory; cache: bytes of the second-level cache.
         matrix16: FLOP a second of the matrix units in bf16 and fp16 (dense); matrix32: of float32.
         crossover: stacked rows of activations up to which a product is fused; None: by the model.
+        wgmma: tokens a branch up to which the CUDA backend multiplies by wgmma (compute capability
+            9.0; csrc/cuda/linear_sm90.cu, which has not been measured); 0: never.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Architecture:
     matrix16: float
     matrix32: float
     crossover: int | None = None
+    wgmma: int = 0
 
     @property
     def instructions(self) -> float:
