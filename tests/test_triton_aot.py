@@ -25,6 +25,10 @@ REGISTERS = {
     "reduce": 64,
     "logits": 96,
     "join": 64,
+    "sparse_displace": 96,
+    "sparse_update": 72,
+    "sparse_correct": 112,
+    "sparse_rows": 48,
 }
 SHARED = 99 * 1024  # of a block on sm_86 and sm_89, the least
 VARIANTS = {v.name: v for v in tv.variants()}
@@ -41,6 +45,10 @@ FIRST = [
     "reduce",
     "logits",
     "join",
+    "sparse_displace-bf16-flat",
+    "sparse_update-bf16-flat",
+    "sparse_correct-bf16-turned",
+    "sparse_rows-bf16",
 ]
 CASES = [(name, 90) for name in VARIANTS] + [
     (name, capability) for capability in tv.ARCHITECTURES if capability != 90 for name in FIRST
@@ -77,7 +85,7 @@ def test_compiles_within_bounds(name: str, capability: int) -> None:
     copies = 2 if capability == 100 and "INPUTS" in variant.constants else copies
     assert machine.count(r"MUFU\.LG2") == copies * normals(variant) // 2
     assert machine.count(r"MUFU\.(SIN|COS)") == 0
-    if re.match("displace|embedding|update|vectors", name):
+    if re.match("displace|embedding|update|vectors|sparse_(displace|update|rows)", name):
         assert machine.shared == 0  # noise is drawn where the weights are
 
 
@@ -91,7 +99,7 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
     kernels = {v.kernel for v in VARIANTS.values()}
     for capability in tv.ARCHITECTURES:
         assert {VARIANTS[name].kernel for name, c in CASES if c == capability} == kernels
-    modules = (tv.displace, tv.linear, tv.loss, tv.update)
+    modules = (tv.displace, tv.linear, tv.loss, tv.sparse, tv.update)
     written = {
         getattr(module, name)
         for module in modules
@@ -105,3 +113,10 @@ def test_products_use_the_matrix_units() -> None:
     machine = tv.compile_for(VARIANTS["linear-bf16-64rows-1terms"], 90)
     assert machine.count("H?G?MMA") > 0
     assert machine.count("LDGSTS") > 0  # weights arrive while noise is drawn
+
+
+def test_a_turned_element_reads_sixteen_bytes_of_tokens() -> None:
+    machine = tv.compile_for(VARIANTS["sparse_correct-bf16-turned"], 90)
+    # Four elements of two outputs a thread, and the tile of the product it corrects.
+    assert machine.count(r"LDG\.E\.128") >= 8
+    assert machine.count(r"RED\.|REDG|ATOM") == 0  # one order

@@ -26,6 +26,7 @@ _TWICE = (
     "bfloat16 and ((rademacher and (test_linear or cross_entropy or many_seeds)) "
     "or (test_linear and conv1d))"
 )
+_TWICE_MASKED = "bfloat16 and (int32 or (test_linear and (shared-transposed or stacked-]))"
 
 
 def interpreted(*arguments: str, **environment: str) -> int:
@@ -79,8 +80,15 @@ def test_conformance_of_displaced_tiles() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_conformance_under_a_mask() -> None:
+    chosen = f"triton and not ({_TWICE_MASKED})"
+    assert interpreted("tests/test_sparse_conformance.py", "-k", chosen) >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_rest() -> None:
-    assert interpreted("tests/triton_interpreted.py") >= 11
+    assert interpreted("tests/triton_interpreted.py", "tests/triton_interpreted_sparse.py") >= 25
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend is on")

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zokernels.triton import displace, linear, loss, update
+from zokernels.triton import displace, linear, loss, sparse, update
 from zokernels.triton.plan import fused_tiles
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -36,8 +36,15 @@ _TYPES = {
     "statistics": "*fp32",
     "losses": "*fp32",
     "bias": "*fp32",
+    "indices": "*i64",
+    "shadow": "*fp32",
+    "rank": "*i64",
+    "difference": "*fp32",
+    "source": "*i32",
+    "starts": "*i64",
+    "values": "*fp32",
 }
-_ALIGNED = {"x_m", "w_r", "out_g", "out_r", "fan_in", "fan_out", "cols", "skip", "stride"}
+_ALIGNED = set("x_m x_g x_c w_r out_g out_r plain_g fan_in fan_out cols skip stride".split())
 _UNIT = {"w_c", "out_c"}
 
 
@@ -77,7 +84,8 @@ def compile_for(variant: Variant, capability: int) -> Machine:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = variant.types.get(name, _TYPES.get(name, "i32"))
-            if signature[name].startswith("*") or name in _ALIGNED:
+            free = variant.kernel.params[i].do_not_specialize
+            if signature[name].startswith("*") or (name in _ALIGNED and not free):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constants, attributes)
     options = {
@@ -141,13 +149,14 @@ def _product(name: str, kind: str, stacked: int, *, terms: int = 1, **extra: Any
 _ONES = (
     "count rows cols groups group0 skip row0 param_id terms branches out_g out_r w_r x_m tokens "
     "fan_in fan_out steps run size splits chunk chunks start width vocab stride pieces tiles "
-    "programs"
+    "programs numel stride_r plain_g x_g x_t x_c ids_g"
 ).split()
 
 
 def with_ones(variant: Variant) -> Variant:
     """The same kernel where every integer argument is 1."""
-    ones = {name: 1 for name in _ONES if name in variant.kernel.arg_names}
+    kernel = variant.kernel
+    ones = {p.name: 1 for p in kernel.params if p.name in _ONES and not p.do_not_specialize}
     constants = {**variant.constants, **ones}
     return dataclasses.replace(variant, name=f"{variant.name}-ones", constants=constants)
 
@@ -241,5 +250,62 @@ def variants() -> list[Variant]:
             {"logits": "*fp32"},
         ),
         Variant("join", loss.join_kernel, {"BLOCK": 128}, {}),
+        *_sparse(),
     ]
+    return found
+
+
+def _sparse() -> list[Variant]:
+    """The ops under a mask, as a GPU gets them (zokernels/triton/sparse_ops.py)."""
+    found = []
+    for kind in ("bf16", "fp16", "fp32"):
+        data = {name: f"*{kind}" for name in ("w", "out", "like", "x", "plain", "bias")}
+        for flat in (True, False):
+            if kind == "fp16" and not flat:
+                continue
+            label = f"{kind}-{'flat' if flat else 'strided'}"
+            drawn = {"ROWS": 4, "FLAT": flat, "GAUSSIAN": True}
+            found.append(
+                Variant(
+                    f"sparse_displace-{label}",
+                    sparse.sparse_displace_kernel,
+                    {**drawn, "LESS": True, "RANKED": not flat},
+                    {**data, "out": "*fp32"},
+                )
+            )
+            found.append(
+                Variant(
+                    f"sparse_update-{label}",
+                    sparse.sparse_update_kernel,
+                    {**drawn, "DECAY": not flat},
+                    data,
+                )
+            )
+        for turned in (True, False):
+            found.append(
+                Variant(
+                    f"sparse_correct-{kind}-{'turned' if turned else 'few'}",
+                    sparse.correct_kernel,
+                    {
+                        "OUT": 32,
+                        "TOKENS": 64 if turned else 16,
+                        "STEP": 4,
+                        "TURNED": turned,
+                        "IN_PLACE": turned,
+                        "BIAS": not turned,
+                    },
+                    data,
+                )
+            )
+        found.append(
+            Variant(f"sparse_rows-{kind}", sparse.rows_kernel, {"BLOCK": 1024, "PATCH": 128}, data)
+        )
+    found.append(
+        Variant(
+            "sparse_update-bf16-rademacher",
+            sparse.sparse_update_kernel,
+            {"ROWS": 4, "FLAT": True, "DECAY": False, "GAUSSIAN": False},
+            {"like": "*bf16"},
+        )
+    )
     return found

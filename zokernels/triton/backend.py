@@ -25,11 +25,23 @@ from zokernels.noise import matrix_shape
 from zokernels.triton import displace as _displace
 from zokernels.triton import linear as _linear
 from zokernels.triton import loss as _loss
+from zokernels.triton import sparse_ops
 from zokernels.triton import update as _update
 from zokernels.triton.devices import OLDEST, Architecture, of_device
-from zokernels.triton.launch import device_guard, flag, launch, look, raise_errors, signed32
+from zokernels.triton.launch import (
+    SERVED,
+    cdiv,
+    device_guard,
+    flag,
+    launch,
+    look,
+    raise_errors,
+    reachable,
+    signed32,
+)
 from zokernels.triton.noise import INTERPRETED
 from zokernels.triton.plan import Plan, Tiles, fused_tiles, plan
+from zokernels.triton.tables import TILE_ROWS, grouped
 
 if not INTERPRETED:
     if not torch.cuda.is_available():
@@ -38,10 +50,8 @@ if not INTERPRETED:
     if all(10 * major + minor < OLDEST for major, minor in _found):
         raise ImportError(f"compute capability 8.0 or newer is needed; found {_found}")
 
-DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
+DEVICES = SERVED
 
-# Rows of a tile of displace, update_ and project.
-_ROWS = 8
 # project: programs that keep partial sums, and seeds of a program.
 _PROGRAMS, _SEEDS = 4096, 2
 # Bytes of logits of one chunk of the vocabulary.
@@ -50,10 +60,6 @@ _LOGITS = 64 << 20
 
 class LaunchWarning(UserWarning):
     """A kernel did not fit this GPU and a smaller one, or another plan, took its place."""
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _power(n: int) -> int:
@@ -65,24 +71,6 @@ def _architecture(device: torch.device) -> Architecture:
     return of_device(str(device))
 
 
-def _here(tensor: Tensor) -> None:
-    """Refuse tensors that these kernels cannot reach.
-
-    Raises:
-        ValueError: a CPU tensor. RuntimeError: an older GPU beside one that is served.
-    """
-    if tensor.device.type not in DEVICES:
-        raise ValueError(
-            f"the Triton backend needs tensors on {' or '.join(DEVICES)}; got one on "
-            f"{tensor.device}"
-        )
-    if tensor.device.type == "cuda":
-        try:
-            _architecture(tensor.device)
-        except ValueError as error:
-            raise RuntimeError(f"{tensor.device}: {error}") from error
-
-
 def sample(
     rows: int,
     cols: int,
@@ -92,15 +80,15 @@ def sample(
     col_offset: int,
     distribution: str,
 ) -> Tensor:
-    _here(seed)
+    reachable(seed)
     out = torch.empty((rows, cols), dtype=torch.float32, device=seed.device)
     if out.numel():
         skip = col_offset % 256
-        groups = _cdiv(skip + cols, 256)
+        groups = cdiv(skip + cols, 256)
         with device_guard(out):
             launch(
                 _displace.sample_kernel,
-                (_cdiv(rows, _ROWS) * groups,),
+                (cdiv(rows, TILE_ROWS) * groups,),
                 out,
                 seed,
                 rows,
@@ -110,7 +98,7 @@ def sample(
                 skip,
                 row_offset,
                 signed32(param_id),
-                ROWS=_ROWS,
+                ROWS=TILE_ROWS,
                 GAUSSIAN=distribution == "gaussian",
             )
     return out
@@ -141,13 +129,13 @@ def _rows_of(
     gather = 0 if ids is None else 1 if shared else 2
     chunk = 0 if one else 1 if gather == 2 else min(_power(branches), 4)
     skip = col_offset % 256
-    groups = _cdiv(skip + cols, 256)
-    second = branches if gather == 2 else 1 if one else _cdiv(branches, chunk)
-    rows = 4 if chunk == 4 else _ROWS
+    groups = cdiv(skip + cols, 256)
+    second = branches if gather == 2 else 1 if one else cdiv(branches, chunk)
+    rows = 4 if chunk == 4 else TILE_ROWS
     with device_guard(out):
         launch(
             _displace.displace_kernel,
-            (_cdiv(count, rows) * groups, second),
+            (cdiv(count, rows) * groups, second),
             out,
             w,
             w if ids is None else ids,
@@ -185,7 +173,7 @@ def displace_(
     distribution: str,
     rounding: str,
 ) -> None:
-    _here(w)
+    reachable(w)
     # Without terms the reference rounds to nearest.
     rounding = rounding if seeds.numel() else "nearest"
     place = (param_id, row_offset, col_offset)
@@ -220,9 +208,9 @@ def embedding(
     distribution: str,
     shared: bool,
 ) -> Tensor:
-    _here(w)
+    reachable(w)
     if not INTERPRETED:
-        look(w.device, "ids and targets")
+        look(w.device)
     lead = ids.shape if shared else ids.shape[1:]
     out = w.new_empty((coeffs.shape[0], lead.numel(), w.shape[1]))
     place = (param_id, row_offset, col_offset)
@@ -238,118 +226,6 @@ def embedding(
 # --- many tensors ---------------------------------------------------------------------------------
 
 
-class _Group:
-    """Tensors of one dtype and layout class, as one launch takes them."""
-
-    def __init__(
-        self, members: Sequence[tuple[Tensor, int, int, int, int]], dense: bool, tile_rows: int
-    ) -> None:
-        entries, counts, first = [], [], 0
-        for tensor, param_id, row0, col0, start in members:
-            rows, cols = tensor.shape
-            pairs = _cdiv(col0 % 512 + cols, 512)
-            stride_r, stride_c = tensor.stride()
-            entries.append(
-                (
-                    tensor.data_ptr(),
-                    rows,
-                    cols,
-                    stride_r,
-                    stride_c,
-                    param_id,
-                    row0,
-                    col0 // 512,
-                    col0 % 512,
-                    pairs,
-                    first,
-                    start,
-                )
-            )
-            counts.append(_cdiv(rows, tile_rows) * pairs)
-            first += counts[-1]
-        device = members[0][0].device
-        self.tiles = first
-        self.dense = dense
-        self.like = members[0][0]
-        self.table = _to_device(torch.tensor(entries, dtype=torch.int64), device)
-        counted = _to_device(torch.tensor(counts), device)
-        index = torch.arange(len(counts), dtype=torch.int32, device=device)
-        self.owners = torch.repeat_interleave(index, counted, output_size=first)
-
-
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copied without waiting for the device."""
-    if device.type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)
-
-
-def _dense(tensor: Tensor, col0: int) -> bool:
-    """Whether rows can be read sixteen bytes at a time."""
-    return (
-        tensor.stride(1) == 1
-        and tensor.stride(0) % 16 == 0
-        and tensor.shape[1] % 16 == 0
-        and tensor.data_ptr() % 16 == 0
-        and col0 % 512 == 0
-    )
-
-
-# Tables of the parameter sets used last: an update of the same parameters costs no copies.
-_groups: dict[tuple[object, ...], list[_Group]] = {}
-_KEPT = 64
-# Tables that CUDA graphs read: they must outlive every replay.
-_captured: list[list[_Group]] = []
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _grouped(
-    matrices: Sequence[Tensor],
-    param_ids: Sequence[int],
-    row_offsets: Sequence[int],
-    col_offsets: Sequence[int],
-    *,
-    tile_rows: int = _ROWS,
-) -> list[_Group]:
-    key = (
-        tile_rows,
-        tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in matrices),
-        tuple(param_ids),
-        tuple(row_offsets),
-        tuple(col_offsets),
-        matrices[0].device,
-    )
-    found = _groups.get(key)
-    capturing = _capturing(matrices[0].device)
-    if found is None and capturing:
-        raise RuntimeError(
-            "update_, project and displace_vectors copy a table of their tensors to the device: "
-            "call them once with the same tensors before capturing a CUDA graph"
-        )
-    if found is None:
-        classes: dict[tuple[torch.dtype, bool], list[tuple[Tensor, int, int, int, int]]] = {}
-        start = 0
-        for i, matrix in enumerate(matrices):
-            if matrix.numel():
-                col0 = col_offsets[i] if col_offsets else 0
-                row0 = row_offsets[i] if row_offsets else 0
-                kind = matrix.dtype, _dense(matrix, col0) and tile_rows > 1
-                classes.setdefault(kind, []).append((matrix, param_ids[i], row0, col0, start))
-                start += matrix.numel()
-        found = [_Group(members, dense, tile_rows) for (_, dense), members in classes.items()]
-        for group in found:
-            group.like = group.like.new_empty(0)  # the table must not keep weights alive
-        while len(_groups) >= _KEPT:
-            del _groups[next(iter(_groups))]
-        _groups[key] = found
-    if capturing and all(found is not kept for kept in _captured):
-        _captured.append(found)
-    return found
-
-
 def update_(
     params: list[Tensor],
     seeds: Tensor,
@@ -362,7 +238,7 @@ def update_(
     distribution: str,
     rounding: str,
 ) -> None:
-    _here(params[0])
+    reachable(params[0])
     if seeds.numel() == 0:
         return
     matrices, copies = [], []
@@ -376,7 +252,7 @@ def update_(
         matrices.append(matrix)
     # A copy has another address each time: its table is not worth keeping.
     with device_guard(params[0]):
-        for group in _grouped(matrices, param_ids, row_offsets, col_offsets):
+        for group in grouped(matrices, param_ids, row_offsets, col_offsets):
             launch(
                 _update.update_kernel,
                 (group.tiles,),
@@ -388,7 +264,7 @@ def update_(
                 coeffs if decay is None else decay.contiguous(),
                 seeds if ends is None else ends.contiguous().view(torch.int8),
                 seeds.numel(),
-                ROWS=_ROWS,
+                ROWS=TILE_ROWS,
                 GAUSSIAN=distribution == "gaussian",
                 STOCHASTIC=rounding == "stochastic",
                 DECAY=decay is not None,
@@ -409,13 +285,13 @@ def displace_vectors(
     param_ids: list[int],
     distribution: str,
 ) -> Tensor:
-    _here(vectors[0])
+    reachable(vectors[0])
     branches, terms = coeffs.shape
     total = branches * sum(v.numel() for v in vectors)
     out = torch.empty(total, dtype=torch.float32, device=seeds.device)
     rows = [v.detach()[None] for v in vectors]
     with device_guard(out):
-        for group in _grouped(rows, param_ids, [], [], tile_rows=1):
+        for group in grouped(rows, param_ids, [], [], tile_rows=1):
             launch(
                 _update.vectors_kernel,
                 (group.tiles, branches),
@@ -441,22 +317,22 @@ def project(
     col_offsets: list[int],
     distribution: str,
 ) -> Tensor:
-    _here(vectors[0])
+    reachable(vectors[0])
     terms = seeds.numel()
     out = torch.empty(terms, dtype=torch.float32, device=seeds.device)
     if terms == 0:
         return out
     matrices = [v.detach().reshape(matrix_shape(v.shape)) for v in vectors]
-    groups = _grouped(matrices, param_ids, row_offsets, col_offsets)
-    runs = [_cdiv(group.tiles, _PROGRAMS) for group in groups]
-    programs = [_cdiv(g.tiles, run) for g, run in zip(groups, runs, strict=True)]
+    groups = grouped(matrices, param_ids, row_offsets, col_offsets)
+    runs = [cdiv(group.tiles, _PROGRAMS) for group in groups]
+    programs = [cdiv(g.tiles, run) for g, run in zip(groups, runs, strict=True)]
     partial = torch.empty((sum(programs), terms), dtype=torch.float64, device=seeds.device)
     with device_guard(seeds):
         start = 0
         for group, run, count in zip(groups, runs, programs, strict=True):
             launch(
                 _update.project_kernel,
-                (count, _cdiv(terms, _SEEDS)),
+                (count, cdiv(terms, _SEEDS)),
                 partial[start:],
                 group.table,
                 group.owners,
@@ -465,7 +341,7 @@ def project(
                 group.tiles,
                 run,
                 terms,
-                ROWS=_ROWS,
+                ROWS=TILE_ROWS,
                 SEEDS=min(_SEEDS, _power(terms)),
                 GAUSSIAN=distribution == "gaussian",
                 DENSE=group.dense,
@@ -571,10 +447,10 @@ def _fused(
     rows = tokens if shared and terms == 1 else branches * tokens
     skip = col_offset % 256
     columns = fan_out if transposed else fan_in
-    groups = _cdiv(skip + columns, 256)
-    steps = _cdiv(fan_in, tiles.columns) if transposed else groups * (64 // tiles.columns)
-    run = _cdiv(steps, splits)
-    splits = _cdiv(steps, run)
+    groups = cdiv(skip + columns, 256)
+    steps = cdiv(fan_in, tiles.columns) if transposed else groups * (64 // tiles.columns)
+    run = cdiv(steps, splits)
+    splits = cdiv(steps, run)
     target = y
     if splits > 1:
         target = torch.empty((splits, *y.shape), dtype=torch.float32, device=y.device)
@@ -591,7 +467,7 @@ def _fused(
         if transposed:
             launch(
                 _linear.conv1d_kernel,
-                (groups, _cdiv(rows, tiles.rows), splits),
+                (groups, cdiv(rows, tiles.rows), splits),
                 *(target, x, w, y if bias is None else bias, seeds, coeffs),
                 *(rows, tokens, fan_in, fan_out, branches, terms),
                 *place,
@@ -607,7 +483,7 @@ def _fused(
         else:
             launch(
                 _linear.linear_kernel,
-                (_cdiv(fan_out, tiles.outputs), _cdiv(rows, tiles.rows), splits),
+                (cdiv(fan_out, tiles.outputs), cdiv(rows, tiles.rows), splits),
                 *(target, x, w, y if bias is None else bias, seeds, seeds, coeffs),
                 *(rows, tokens, fan_in, fan_out, branches, terms, steps),
                 *place,
@@ -624,7 +500,7 @@ def _fused(
         if splits > 1:
             launch(
                 _linear.reduce_kernel,
-                (_cdiv(y.numel(), 1024),),
+                (cdiv(y.numel(), 1024),),
                 *(y, target, y if bias is None else bias, y.numel(), tokens, fan_out, splits),
                 BLOCK=1024,
                 BIAS=bias is not None,
@@ -681,7 +557,7 @@ def linear(
     shared: bool,
     transposed: bool,
 ) -> Tensor:
-    _here(w)
+    reachable(w)
     branches = coeffs.shape[0]
     fan_in, fan_out = w.shape if transposed else (w.shape[1], w.shape[0])
     lead = x.shape[:-1] if shared else x.shape[1:-1]
@@ -725,9 +601,9 @@ def linear_cross_entropy(
     shared: bool,
     ignore_index: int,
 ) -> Tensor:
-    _here(w)
+    reachable(w)
     if not INTERPRETED:
-        look(w.device, "ids and targets")
+        look(w.device)
     branches, (vocab, hidden), tokens = coeffs.shape[0], w.shape, targets.numel()
     losses = torch.zeros((branches, tokens), dtype=torch.float32, device=w.device)
     if losses.numel():
@@ -756,7 +632,7 @@ def linear_cross_entropy(
         with device_guard(w):
             launch(
                 _loss.join_kernel,
-                (_cdiv(losses.numel(), 128),),
+                (cdiv(losses.numel(), 128),),
                 *(losses, statistics[0], targets, flag(w.device), statistics[0].shape[1]),
                 *(losses.numel(), tokens, vocab, ignore_index),
                 BLOCK=128,
@@ -784,14 +660,14 @@ def _fused_statistics(
     branches, terms = coeffs.shape
     tokens, vocab = targets.numel(), w.shape[0]
     rows = tokens if shared and terms == 1 else branches * tokens
-    pieces = _cdiv(vocab, tiles.outputs)
+    pieces = cdiv(vocab, tiles.outputs)
     found = torch.empty((3, pieces, branches * tokens), dtype=torch.float32, device=w.device)
     skip = col_offset % 256
-    steps = _cdiv(skip + w.shape[1], 256) * (64 // tiles.columns)
+    steps = cdiv(skip + w.shape[1], 256) * (64 // tiles.columns)
     with device_guard(w):
         launch(
             _linear.linear_kernel,
-            (pieces, _cdiv(rows, tiles.rows), 1),
+            (pieces, cdiv(rows, tiles.rows), 1),
             *(found, x, w, found if bias is None else bias, targets, seeds, coeffs),
             *(rows, tokens, w.shape[1], vocab, branches, terms, steps),
             *(col_offset // 256, skip, row_offset, signed32(param_id), steps, x.stride(0)),
@@ -829,7 +705,7 @@ def _chunk_statistics(
     rows = branches * tokens
     scratch_rows = _fallback_chunk(w, branches)
     chunk = max(1, min(vocab, scratch_rows, max(256, _LOGITS // (4 * rows))))
-    chunks = _cdiv(vocab, chunk)
+    chunks = cdiv(vocab, chunk)
     found = torch.empty((3, chunks, rows), dtype=torch.float32, device=w.device)
     xs = [x] * branches if shared else list(x.view(branches, tokens, -1))
     for i in range(chunks):
@@ -884,4 +760,5 @@ KERNELS: dict[str, Callable[..., object]] = {
     "linear": linear,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
+    **sparse_ops.KERNELS,
 }

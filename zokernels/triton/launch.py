@@ -9,15 +9,41 @@ but it comes, and no step has to synchronise for it.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zokernels.triton.devices import of_device
 from zokernels.triton.noise import INTERPRETED
+
+SERVED = ("cpu",) if INTERPRETED else ("cuda",)
 
 _NOTHING = -(1 << 62)  # of a flag: no error; no index has this value
 _flags: dict[torch.device, Tensor] = {}
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def reachable(tensor: Tensor) -> None:
+    """Refuse tensors that these kernels cannot reach.
+
+    Raises:
+        ValueError: a CPU tensor. RuntimeError: an older GPU beside one that is served.
+    """
+    if tensor.device.type not in SERVED:
+        raise ValueError(
+            f"the Triton backend needs tensors on {' or '.join(SERVED)}; got one on {tensor.device}"
+        )
+    if tensor.device.type == "cuda":
+        try:
+            of_device(str(tensor.device))
+        except ValueError as error:
+            raise RuntimeError(f"{tensor.device}: {error}") from error
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -36,7 +62,7 @@ def flag(device: torch.device) -> Tensor:
     return found
 
 
-def look(device: torch.device, what: str) -> None:
+def look(device: torch.device, what: str = "ids, targets and indices") -> None:
     """Raise what an earlier call left; the interpreter's calls are over when they return.
 
     Raises:
@@ -52,18 +78,33 @@ def look(device: torch.device, what: str) -> None:
         raise IndexError(f"{what} must be in [0, {limit}); got {value}{late}")
 
 
+@contextlib.contextmanager
+def indexed(tensor: Tensor) -> Iterator[None]:
+    """Launches, on the tensor's device, of kernels that may find a bad index.
+
+    Raises:
+        IndexError: an earlier call found one (in the interpreter: one of these launches).
+    """
+    if not INTERPRETED:
+        look(tensor.device)
+    with device_guard(tensor):
+        yield
+    if INTERPRETED:
+        look(tensor.device)
+
+
 def raise_errors(device: torch.device | str) -> None:
     """Wait for the device and raise what its kernels found.
 
     Raises:
-        IndexError: an id or target of an earlier call was out of range.
+        IndexError: an id, a target or an index of an earlier call was out of range.
     """
     where = torch.device(device)
     if where.type == "cuda":
         torch.cuda.synchronize(where)
         if where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
-    look(where, "ids and targets")
+    look(where)
 
 
 def signed32(value: int) -> int:
