@@ -65,13 +65,22 @@ CASES: dict[str, dict[str, Any]] = {
     "clip": {"clip": 0.05, "momentum": 0.5, "momentum_window": 2, "weight_decay": 0.01},
     "beyond float32": {"lr": 1e38, "eps": 1e-6},
     "in parts": {"num_directions": 2, "max_branches": 3},
+    "mask": {"mask": 0.5, "num_directions": 2, "weight_decay": 0.1, "momentum": 0.5},
 }
+
+
+def masked(net: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with a mask of this density of every parameter, where they ask for one."""
+    if "mask" not in options:
+        return options
+    mask = zo.Mask.random(net, options["mask"], seed=2, params=lambda name, p: True)
+    return {**options, "mask": mask}
 
 
 def run(case: str, dtype: torch.dtype, bad: tuple[int, ...] = (2, 3)) -> dict[str, Any]:
     net = Toy(dtype)
     journal = zo.Trajectory()
-    options = {"lr": 1e-2, "eps": 1e-2, "seed": 7, **CASES[case]}
+    options = {"lr": 1e-2, "eps": 1e-2, "seed": 7, **masked(net, CASES[case])}
     opt = zo.MeZO(net, journal=journal, **options)
     schedule = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
     with warnings.catch_warnings():
@@ -88,6 +97,7 @@ def run(case: str, dtype: torch.dtype, bad: tuple[int, ...] = (2, 3)) -> dict[st
             "state": repr(opt.state_dict()),
             "journal": [repr(step) for step in journal],
             "trajectory": journal,
+            "mask": options.get("mask"),
         }
 
 
@@ -107,7 +117,7 @@ def test_the_same_run_bit_for_bit(
     for name, weight in host["weights"].items():
         assert torch.equal(device["weights"][name], weight), name
     fresh = Toy(dtype)
-    device["trajectory"].replay_(fresh)
+    device["trajectory"].replay_(fresh, mask=device["mask"])
     for name, p in fresh.named_parameters():
         assert torch.equal(p, host["weights"][name]), name
 
@@ -207,16 +217,15 @@ class NoReading(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("kind", ["opt", "roberta"])
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("extra", [{}, {"momentum": 0.5}, {"mask": 0.1}], ids=str)
 def test_a_step_does_not_wait(
-    on_device: Callable[[bool], None], kind: str, momentum: float
+    on_device: Callable[[bool], None], kind: str, extra: dict[str, Any]
 ) -> None:
     on_device(True)
     model, batch = mz.build(kind), mz.lm_batch()
     batch.pop("attention_mask", None)  # transformers looks at a mask's values
-    opt = zo.MeZO(
-        model, lr=1e-3, eps=1e-3, num_directions=2, clip=1.0, momentum=momentum, momentum_window=2
-    )
+    options = {"num_directions": 2, "clip": 1.0, "momentum_window": 2, **masked(model, extra)}
+    opt = zo.MeZO(model, lr=1e-3, eps=1e-3, **options)
     opt.step(batch)  # the first one compares stacked and single evaluations
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with NoWaiting(), NoReading():
@@ -254,9 +263,13 @@ def replayed(
     return replay, output
 
 
+@pytest.mark.parametrize("extra", [{}, {"mask": 0.5}], ids=str)
 @pytest.mark.parametrize("kind", ["toy", "opt"])
 def test_a_graph_of_a_step_is_the_step(
-    on_device: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, kind: str
+    on_device: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    extra: dict[str, Any],
 ) -> None:
     on_device(True)
     monkeypatch.setattr(graphs, "record", replayed)
@@ -273,7 +286,8 @@ def test_a_graph_of_a_step_is_the_step(
     def go(graphed: bool) -> tuple[Any, ...]:
         net = Toy(torch.float32) if kind == "toy" else mz.build("opt")
         journal = zo.Trajectory()
-        opt = zo.MeZO(net, lr=1e-2, eps=1e-2, weight_decay=0.1, clip=1.0, journal=journal)
+        options = {"weight_decay": 0.1, "clip": 1.0, **masked(net, extra)}
+        opt = zo.MeZO(net, lr=1e-2, eps=1e-2, journal=journal, **options)
         before = {n: p.detach().clone() for n, p in net.named_parameters()}
         step = graphs.GraphedStep(opt, data()[0], loss) if graphed else None
         assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())

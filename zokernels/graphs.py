@@ -51,8 +51,8 @@ class GraphedStep:
     ) -> None:
         if not optimizer._stays_on_device():
             raise ValueError(
-                "optimizer must keep its steps on one CUDA device: nonfinite='skip', no mask, a "
-                "model, and a GPU backend that is on (python -m zokernels)"
+                "optimizer must keep its steps on one CUDA device: nonfinite='skip', a model, and "
+                "a GPU backend that is on (python -m zokernels)"
             )
         if any(group["momentum"] for group in optimizer.param_groups):
             raise ValueError("optimizer must have momentum 0: its terms would grow between replays")

@@ -96,10 +96,10 @@ class MeZO(torch.optim.Optimizer):
     dtype. Directions depend on ``seed``, the number of the step and the parameters' names alone:
     not on torch's random state, the order of the parameters, their device or dtype.
 
-    On a CUDA device a step does not wait for the GPU (``nonfinite="raise"``, a mask and the
-    reference backend do): the projected gradient, the clipping and the skipping of steps that are
-    not finite happen there, and the journal, :attr:`last`, :attr:`skipped` and the warning follow
-    when the losses have arrived, at the latest when they are asked for.
+    On a CUDA device a step does not wait for the GPU (``nonfinite="raise"`` and the reference
+    backend do): the projected gradient, the clipping and the skipping of steps that are not finite
+    happen there, and the journal, :attr:`last`, :attr:`skipped` and the warning follow when the
+    losses have arrived, at the latest when they are asked for.
 
     Losses come from the model as it is: call ``model.eval()`` to evaluate without dropout, as MeZO
     does. In training mode both probes see the same dropout masks.
@@ -453,9 +453,13 @@ class MeZO(torch.optim.Optimizer):
         return (
             isinstance(bound, Binding)
             and self.nonfinite == "skip"
-            and all(p.device.type == "cuda" and p.masked is None for p in bound.params)
+            and all(p.device.type == "cuda" for p in bound.params)
             and len({p.device for p in bound.params}) == 1
-            and _registry.serving("update_", "cuda") != "reference"
+            and all(
+                _registry.serving("update_" if p.masked is None else "sparse_update_", "cuda")
+                != "reference"
+                for p in bound.params
+            )
         )
 
     def _inputs(self, seeds: tuple[int, ...], rates: tuple[Rates, ...]) -> Inputs:
