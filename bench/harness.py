@@ -159,6 +159,18 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """``"8x64"`` -> (8, 64).
+
+    Raises:
+        ValueError: not of that form.
+    """
+    parts = text.split("x")
+    if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ValueError(f"size must be BATCHxLENGTH, such as 8x64; got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
 def sync_for(device: str) -> Callable[[], object] | None:
     """What waits for a device's queued work."""
     return torch.cuda.synchronize if torch.device(device).type == "cuda" else None

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 import zokernels as zo
 from bench import breakdown, harness, models, peak, plots
+from bench.harness import parse_size
 from bench.peers import torchzero_peer
 from bench.peers.mezo import VARIANTS, MeZOLoop
 
@@ -35,18 +36,6 @@ TORCHZERO = "torchzero"
 KEY = ("model", "dtype", "batch", "length", "case")
 
 console = Console(width=120)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``"8x64"`` -> (8, 64).
-
-    Raises:
-        ValueError: not of that form.
-    """
-    parts = text.split("x")
-    if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ValueError(f"size must be BATCHxLENGTH, such as 8x64; got {text!r}")
-    return int(parts[0]), int(parts[1])
 
 
 def case(name: str, model: PreTrainedModel, batch: models.Batch) -> Callable[[], object]:

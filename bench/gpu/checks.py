@@ -29,7 +29,8 @@ import torch
 from bench.harness import ROOT, cores
 
 SUITES = ("tests/test_conformance.py", "tests/test_sparse_conformance.py")
-KEPT = ROOT / "build" / "gpu-checks.json"
+BUILD = ROOT / "build"
+KEPT = BUILD / "gpu-checks.json"
 LIBRARY = ROOT / "zokernels" / "_zokernels_cuda.so"
 # One test of every kind of kernel, of the dtype that every backend treats apart.
 SANITIZED = (
@@ -110,7 +111,7 @@ def build_cuda(capability: tuple[int, int], limit: float, output: Path = LIBRARY
     compiler, cmake = nvcc(), shutil.which("cmake")
     if compiler is None or cmake is None:
         return Check(what, "not run", "nvcc is missing" if cmake else "cmake is missing")
-    folder = ROOT / "build" / f"gpu-{architecture_option(capability)}"
+    folder = BUILD / f"gpu-{architecture_option(capability)}"
     configure = [
         *(cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"),
         *("-DZOKERNELS_CPU_BACKEND=OFF", "-DZOKERNELS_CUDA=ON"),

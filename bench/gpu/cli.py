@@ -17,7 +17,6 @@ from bench.gpu.machine import Cuda, Machine, Rehearsal
 from bench.gpu.report import console, summary
 from bench.gpu.session import Session, Todo
 from bench.gpu.sizes import FULL, TINY, Sizes
-from bench.step import parse_size
 from zokernels import _choice, _ops, _registry
 from zokernels.triton import devices
 
@@ -134,7 +133,7 @@ def _said(check: Check) -> Check:
 def _todo(model: str, size: str, architecture: str) -> list[Todo]:
     try:
         devices.architecture(architecture)
-        sizes = [parse_size(text) for text in harness.listed(size)]
+        sizes = [harness.parse_size(text) for text in harness.listed(size)]
         names = harness.listed(model)
         for name in names:
             steps.weights_of(name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import shutil
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Cuda(Machine):
 
     def __init__(self, device: str = "cuda") -> None:
         where = torch.device(device)
-        if where.index is None:
+        if where.type == "cuda" and where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(where)
         self.device = str(where)
@@ -133,11 +134,13 @@ class Cuda(Machine):
         return generator.drawing(count, distribution, self.device)
 
     def graph(self, run: Run) -> Run:
-        replay, _ = graphs.record(run, run)
+        with _same_stream():
+            replay, _ = graphs.record(run, run)
         return replay
 
     def graphed_step(self, optimizer: zo.MeZO, batch: models.Batch) -> Callable[[Any], object]:
-        return zo.GraphedStep(optimizer, batch)
+        with _same_stream():
+            return zo.GraphedStep(optimizer, batch)
 
     def peak(self, run: Run) -> int:
         run()
@@ -211,6 +214,16 @@ class Rehearsal(Machine):
 
     def facts(self) -> harness.Row:
         return {"architecture": None, "empty_ms": round(self.time(lambda: None).median, 4)}
+
+
+@contextlib.contextmanager
+def _same_stream() -> Iterator[None]:
+    """Come back to the current stream, also from a recording that fails and stays on its own."""
+    stream = torch.cuda.current_stream()
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
 
 
 def _triton() -> str | None:

@@ -74,13 +74,13 @@ class Session:
         rest = [one for one in todo if one not in first] if with_steps else []
         cases = ops.cases(self.sizes, self.machine.device) if with_ops else []
         wanted = [case for case in cases if case.wanted == 0]
+        later = [case for case in cases if case.wanted > 0]
         try:
             if with_ops:
                 self.measure_floors()
-                self.time_ops(wanted)
+                later = [*self.time_ops(wanted), *later]
             self.time_steps(first, reserve=self.left() / 3)
             share = 0.4 if rest else 1.0
-            later = [case for case in cases if case.wanted > 0]
             remaining = self.time_ops(later, until=self.left() * (1 - share))
             self.time_steps(rest)
             self.left_out += [f"{c.label} (budget)" for c in self.time_ops(remaining)]
