@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cuda_emulated
@@ -19,6 +22,7 @@ import pytest
 import test_conformance as conformance
 import torch
 import torch.nn.functional as F
+from test_cuda_build import FLAGS, NVCC, known_architectures, needs_nvcc
 from test_cuda_kernels import HALVES, PID, exact_linear, rand, seeds_of, table
 from torch import Tensor
 
@@ -278,6 +282,60 @@ def test_the_conformance_suites_products(monkeypatch: pytest.MonkeyPatch) -> Non
             conformance.test_linear_cross_entropy(backend.name, dtype, distribution)
     conformance.test_linear_of_strided_activations(backend.name)
     assert calls
+
+
+# --- the machine code -----------------------------------------------------------------------------
+
+
+def disassembler() -> str | None:
+    """cuobjdump of a CUDA toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(own) if own.exists() else None
+    return found
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed")
+def test_machine_code(tmp_path: Path) -> None:
+    """TMA and wgmma are there, and nothing touches a register of a product in flight."""
+    if "90" not in known_architectures():
+        pytest.skip("this nvcc does not know compute capability 9.0")
+    source, cubin = cuda_emulated.SOURCES / "linear_sm90.cu", tmp_path / "out.cubin"
+    command = [str(NVCC), "-std=c++17", *FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-cubin"]
+    subprocess.run([*command, "-o", str(cubin), str(source)], check=True, capture_output=True)
+    listing = subprocess.run(
+        [str(disassembler()), "-sass", str(cubin)], check=True, capture_output=True, text=True
+    ).stdout
+    kernels = [k for k in listing.split("Function : ")[1:] if "linear_sm90_kernel" in k[:200]]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?) *;", kernel, re.MULTILINE)
+        names = Counter(re.sub(r"^@!?U?P\d+ ", "", line).split()[0].split(".")[0] for line in code)
+        # Eight products a slice, in the loop and behind it; three boxes, at three places.
+        assert names["HGMMA"] == 16
+        assert names["UTMALDG"] == 9
+        assert not {"HMMA", "LDL", "STL"} & set(names)
+        in_flight: set[int] = set()
+        meanwhile = 0
+        for line in code:
+            if product := re.search(r"HGMMA\.64x128x16\S* R(\d+), R(\d+), gdesc", line):
+                sums, left = (int(r) for r in product.groups())
+                in_flight |= {*range(sums, sums + 64), *range(left, left + 4)}
+            elif "WARPGROUP.DEPBAR" in line:
+                in_flight.clear()
+            elif in_flight:
+                # A name stands for up to four registers.
+                named = {int(r) + i for r in re.findall(r"\bR(\d+)", line) for i in range(4)}
+                first = {int(r) for r in re.findall(r"\bR(\d+)", line)}
+                wide = re.search(r"\.(64|128|WIDE|M88)", line)
+                assert not (named if wide else first) & in_flight, line
+                meanwhile += 1
+        assert meanwhile > 200  # half of the next slice's noise
 
 
 # --- that the emulation sees mistakes -------------------------------------------------------------
