@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zokernels import _registry, cpp, noise, reference
-from zokernels._cuda_ops import FUSED_TOKENS, Native
+from zokernels._cuda_ops import FEW_TOKENS, FUSED_TOKENS, Native
 from zokernels.planner import plan_linear
 
 PID = 0x9ABCDEF0
@@ -243,15 +243,14 @@ def results(kernels: dict, dtype: torch.dtype, distribution: str, rounding: str)
     # Rows full of elements and with few, very few elements, none; two blocks of tokens.
     v, x = rand(100, 70, dtype=dtype), rand(3, 66, 70, dtype=dtype, seed=5)
     dense = torch.cat([torch.arange(70 * 9), torch.arange(70 * 9, v.numel(), 11)])
-    for index in (dense, dense[-9:], dense[:0]):
+    biases = (rand(3, 100), rand(100, dtype=dtype), None)
+    for index, bias in zip((dense, dense[-9:], dense[:0]), biases, strict=True):
         shadow = v.reshape(-1)[index].float()
         masked = (index, shadow, seeds, c, PID, 300, distribution)
-        for bias in (None, rand(100, dtype=dtype), rand(3, 100)):
-            out.append(kernels["sparse_linear"](x, v, bias, *masked, False, False))
-        out.append(kernels["sparse_linear"](x[0], v, rand(3, 100), *masked, True, False))
-        out.append(
-            kernels["sparse_linear"](rand(3, 2, 100, dtype=dtype), v, None, *masked, False, True)
-        )
+        back = rand(3, 2, 100, dtype=dtype)
+        out.append(kernels["sparse_linear"](x, v, bias, *masked, False, False))
+        out.append(kernels["sparse_linear"](x[0], v, bias, *masked, True, False))
+        out.append(kernels["sparse_linear"](back, v, None, *masked, False, True))
         out.append(kernels["sparse_embedding"](ids_of, v, *masked, False))
     return out + params + shadows
 
@@ -366,6 +365,10 @@ def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:
         "    t.fused_digest(dtype)\n"
         "for case in [(1, 8, 1), (8, 248, 33), (9, 256, 17), (33, 40, 20), (64, 72, 40)]:\n"
         "    t.fused_case(*case)\n"
+        "    t.fused_case(*case, multiprocessors=1000)\n"
+        "for case in [(1, 4, 1), (8, 252, 33), (3, 1028, 17)]:\n"
+        "    t.fused_case(*case, dtype=torch.float32)\n"
+        "    t.fused_case(*case, dtype=torch.float32, multiprocessors=1000)\n"
         "vectors = [t.rand(70, 300, dtype=torch.bfloat16), t.rand(9, 200)]\n"
         "t.native().project(vectors, t.seeds_of(3), [3, 4], [], [], 'gaussian')\n"
         "print('done')\n"
@@ -411,7 +414,8 @@ def fused_case(
     x = rand(1 if shared else branches, tokens, fan_in, dtype=dtype, seed=2)
     b = rand(branches, fan_out, seed=4) if bias else None
     rest = (seeds_of(terms), table(branches, terms), PID, *offset, distribution)
-    assert ops.takes_fused(x, w, tokens, offset[1], False)
+    takes = ops.takes_few if dtype == torch.float32 else ops.takes_fused
+    assert takes(x, w, tokens, offset[1], False)
     got = ops.linear(x[0] if shared else x, w, b, *rest, shared, False)
     exact = exact_linear(x.expand(branches, tokens, fan_in), w, b, *rest)
     # float32 sums of exact products, rounded once.
@@ -421,7 +425,7 @@ def fused_case(
     assert bool(((got.double() - exact).abs() <= bound).all()), (tokens, fan_in, fan_out)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
 def test_fused_product(dtype: torch.dtype, distribution: str) -> None:
     fused_case(5, 520, 70, dtype=dtype, distribution=distribution, bias=True)
@@ -435,17 +439,62 @@ def test_fused_product_of_any_size(tokens: int, fan_in: int, fan_out: int) -> No
     fused_case(tokens, fan_in, fan_out)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "fan_in", "fan_out"),
+    [(1, 4, 1), (1, 64, 16), (8, 252, 33), (7, 256, 17), (2, 264, 16), (8, 1028, 5)],
+)
+def test_float32_product_of_any_size(tokens: int, fan_in: int, fan_out: int) -> None:
+    fused_case(tokens, fan_in, fan_out, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 1000])
 def test_fused_product_split_in_any_way(multiprocessors: int) -> None:
-    """From all warps side by side to all behind each other, of more and of fewer half panels."""
-    fused_case(3, 768, 150, multiprocessors=multiprocessors)
-    fused_case(3, 200, 150, multiprocessors=multiprocessors)
+    """From all warps side by side to all behind each other, of more and of fewer half panels; in
+    parts of the columns where blocks are fewer than multiprocessors.
+    """
+    for tokens, fan_in in [(3, 768), (3, 200), (20, 1288), (40, 768)]:
+        fused_case(tokens, fan_in, 150, multiprocessors=multiprocessors, bias=True)
+    for tokens, fan_in in [(3, 1288), (8, 260)]:
+        fused_case(tokens, fan_in, 70, dtype=torch.float32, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("sixteen_bit", [True, False], ids=["16 bit", "float32"])
+def test_parts_of_the_columns_are_whole_and_not_for_nothing(sixteen_bit: bool) -> None:
+    """Every part has columns; outputs that fill the device keep one part."""
+    parts = native()._linear_parts
+    seen = set()
+    for rows, cols in itertools.product((1, 16, 100, 512, 1024, 5000), (8, 256, 264, 4096, 11008)):
+        for branches, processors in itertools.product((1, 2, 6), (1, 108, 132)):
+            count = parts(rows, cols, 5, branches, sixteen_bit, processors)
+            pieces = -(-cols // 256) * (2 if sixteen_bit else 1)
+            assert 1 <= count <= 8
+            assert -(-pieces // count) * (count - 1) < pieces
+            seen.add(count)
+            if processors == 1:
+                assert count == 1
+    assert parts(1024, 4096, 5, 2, sixteen_bit, 132) > 1
+    assert len(seen) > 3
+
+
+def test_the_product_refuses_parts_that_do_not_fit() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = rand(2, 3, 256, dtype=dtype), rand(16, 256, dtype=dtype)
+        y = torch.empty(2, 3, 16, dtype=dtype)
+        for parts in (3, 7):  # of one group, two half panels
+            partial = torch.empty(parts, *y.shape)
+            with pytest.raises(RuntimeError, match="a part without columns"):
+                native()._linear(
+                    *(y, x, w, None, seeds_of(1), table(2, 1), partial, None, None, None, False),
+                    *(PID, 0, 0, 0, False, 4, 0),
+                )
 
 
 @pytest.mark.parametrize(("branches", "terms"), [(1, 1), (2, 0), (3, 2), (5, 3), (4, 4)])
 def test_fused_product_of_branches_and_terms(branches: int, terms: int) -> None:
-    for shared in (False, True):
-        fused_case(4, 264, 24, branches=branches, terms=terms, shared=shared, bias=shared)
+    for shared, dtype in itertools.product((False, True), (torch.bfloat16, torch.float32)):
+        fused_case(
+            4, 264, 24, dtype=dtype, branches=branches, terms=terms, shared=shared, bias=shared
+        )
 
 
 def test_fused_and_tiled_products_share_their_weights() -> None:
@@ -466,6 +515,13 @@ def test_what_the_fused_product_leaves_to_tiles() -> None:
     ops, w = native(), rand(16, 64, dtype=torch.bfloat16)
     x = rand(2, 4, 64, dtype=torch.bfloat16)
     assert ops.takes_fused(x, w, 4, 0, False)
+    wide = (x.float(), w.float())
+    assert ops.takes_few(*wide, FEW_TOKENS, 0, False)
+    assert not ops.takes_few(*wide, FEW_TOKENS + 1, 0, False)
+    assert not ops.takes_few(x, w, 4, 0, False)
+    assert not ops.takes_few(*wide, 4, 0, True)
+    assert not ops.takes_few(*wide, 4, 4, False)
+    assert not ops.takes_few(wide[0], w.float()[:, :62], 4, 0, False)
     for x_, w_, tokens, offset, transposed in [
         (x, w.float(), 4, 0, False),
         (x, w, FUSED_TOKENS + 1, 0, False),
@@ -591,7 +647,13 @@ def test_the_plan_of_a_product_is_the_backends(
     serving["triton"].reason = "not installed"
     fused = plan_linear(512, 264, tokens=64, branches=4, dtype=torch.bfloat16, device="cuda")
     assert (fused.kind, fused.scratch_bytes, fused.noise) == ("fused", 0, 2 * 512 * 264)
-    for change in ({"tokens": 65}, {"dtype": torch.float32}, {"transposed": True}):
+    few = plan_linear(512, 260, tokens=8, dtype=torch.float32, device="cuda")
+    assert (few.kind, few.scratch_bytes, few.noise) == ("fused", 0, 512 * 260)
+    for change in (
+        {"tokens": 65},
+        {"tokens": 9, "dtype": torch.float32},
+        {"tokens": 1, "transposed": True},
+    ):
         given = {"tokens": 64, "dtype": torch.bfloat16, "device": "cuda", **change}
         assert plan_linear(512, 264, **given).kind == "tiles"
     # As many outputs as 16 MiB hold, and no more scratch than that.

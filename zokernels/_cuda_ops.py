@@ -22,6 +22,8 @@ from zokernels.noise import matrix_shape
 # the noise would be drawn again for every 64 tokens, and a tile in scratch is multiplied by the
 # vendor's product instead. From instruction counts (csrc/cuda/linear.cu); not measured.
 FUSED_TOKENS = 64
+# The same for float32 weights, by plain fma (csrc/cuda/linear_few.cu).
+FEW_TOKENS = 8
 # Displaced weights of all branches that a scratch tile holds: a fraction of a current GPU's cache.
 TILE_BYTES = 16 << 20
 # Logits of all branches that exist at once.
@@ -46,6 +48,20 @@ def tile_outputs(
     """Outputs a scratch tile of a product holds: a multiple of 256, or all."""
     step = max(1, target // (branches * fan_in * itemsize))
     return min(fan_out, (step + 255) // 256 * 256)
+
+
+def _whole_runs(w: Tensor, col_offset: int, transposed: bool) -> bool:
+    """Whether the rows of a weight are whole, aligned runs of sixteen bytes, and begin a group."""
+    run = 16 // w.element_size()
+    return (
+        not transposed
+        and w.shape[1] > 0
+        and w.shape[1] % run == 0
+        and w.stride(1) == 1
+        and (w.shape[0] == 1 or w.stride(0) % run == 0)
+        and w.data_ptr() % 16 == 0
+        and col_offset % 256 == 0
+    )
 
 
 def _lead(x: Tensor, shared: bool) -> tuple[int, ...]:
@@ -79,6 +95,7 @@ class Native:
         self._project = ops.project_.default
         self._displace_vectors = ops.displace_vectors_.default
         self._linear = ops.linear_.default
+        self._linear_parts = ops.linear_parts.default
         self._table_bytes = ops.table_bytes.default
         self._stream = stream
         self._multiprocessors = multiprocessors
@@ -290,15 +307,20 @@ class Native:
         """Whether the fused product serves a call: 16-bit weights in aligned rows, few tokens."""
         return (
             w.dtype != torch.float32
-            and not transposed
             and 0 < tokens <= FUSED_TOKENS
-            and w.shape[1] > 0
-            and w.shape[1] % 8 == 0
-            and w.stride(1) == 1
-            and (w.shape[0] == 1 or w.stride(0) % 8 == 0)
-            and w.data_ptr() % 16 == 0
             and x.data_ptr() % 8 == 0
-            and col_offset % 256 == 0
+            and _whole_runs(w, col_offset, transposed)
+        )
+
+    def takes_few(
+        self, x: Tensor, w: Tensor, tokens: int, col_offset: int, transposed: bool
+    ) -> bool:
+        """Whether the product of a few tokens serves a call: float32 weights in aligned rows."""
+        return (
+            w.dtype == torch.float32
+            and 0 < tokens <= FEW_TOKENS
+            and x.data_ptr() % 16 == 0
+            and _whole_runs(w, col_offset, transposed)
         )
 
     def linear(
@@ -325,7 +347,8 @@ class Native:
         if x.numel() == 0 or fan_out == 0:
             y = torch.zeros((branches, *lead, fan_out), dtype=w.dtype, device=w.device)
             return y if bias is None else y + bias.to(w.dtype).view(branches, *[1] * len(lead), -1)
-        if self.takes_fused(x, w, tokens, col_offset, transposed):
+        call = (x, w, tokens, col_offset, transposed)
+        if self.takes_fused(*call) or self.takes_few(*call):
             y = self._fused(x, w, bias, seeds, coeffs, *place, shared, None)
         elif self.takes_fused(x, w, 1, col_offset, transposed) and self.wgmma.takes(x, w, tokens):
             y = self.wgmma.linear(x, w, bias, seeds, coeffs, *place, shared)
@@ -347,7 +370,13 @@ class Native:
         shared: bool,
         pending: tuple[Tensor, Tensor, Tensor | None, str] | None,
     ) -> Tensor:
-        y = torch.empty((coeffs.shape[0], x.shape[1], w.shape[0]), dtype=w.dtype, device=w.device)
+        branches, tokens, processors = coeffs.shape[0], x.shape[1], self._multiprocessors(w.device)
+        y = torch.empty((branches, tokens, w.shape[0]), dtype=w.dtype, device=w.device)
+        wide = w.dtype == torch.float32
+        parts = self._linear_parts(*w.shape, tokens, branches, not wide, processors)
+        partial = None
+        if parts > 1:
+            partial = torch.empty((parts, *y.shape), dtype=torch.float32, device=w.device)
         last = (None, None, None) if pending is None else pending[:3]
         self._linear(
             y,
@@ -356,6 +385,7 @@ class Native:
             None if bias is None else bias.contiguous(),
             seeds.contiguous(),
             coeffs.contiguous(),
+            partial,
             *[None if t is None else t.contiguous() for t in last],
             pending is not None and pending[3] == "stochastic",
             param_id,
@@ -363,7 +393,7 @@ class Native:
             col_offset,
             DISTRIBUTION[distribution],
             shared,
-            self._multiprocessors(w.device),
+            processors,
             self._stream(w.device),
         )
         return y
@@ -565,6 +595,7 @@ class Native:
             "update_": self.update_,
             "project": self.project,
             "linear": self.linear,
+            "update_linear_": self.update_linear_,
             "embedding": self.embedding,
             "linear_cross_entropy": self.linear_cross_entropy,
             "displace_vectors": self.displace_vectors,

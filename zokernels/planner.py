@@ -11,7 +11,7 @@ Plans, all giving the same numbers:
 On a GPU (Triton): ``fused`` draws the noise inside the matrix product and splits it over programs,
 ``tiles`` displaces as many outputs as fit half of the second-level cache and calls cuBLAS; the
 choice is a model's (:mod:`zokernels.triton.plan`) with data per architecture. The CUDA backend
-fuses up to 64 tokens a branch and has scratch tiles of 16 MiB.
+fuses up to 64 tokens a branch in 16 bits, up to 8 in float32, and has scratch tiles of 16 MiB.
 
 ``whole``
     The displaced weight of one branch at a time, whole, and torch's product: the reference backend.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from zokernels import _registry
-from zokernels._cuda_ops import FUSED_TOKENS, tile_outputs
+from zokernels._cuda_ops import FEW_TOKENS, FUSED_TOKENS, tile_outputs
 from zokernels.triton.devices import architecture, of_device
 from zokernels.triton.plan import plan
 
@@ -96,7 +96,8 @@ def plan_linear(
     if serving == "cuda":
         # Two branches from one draw, in every plan.
         blocks = -(-branches // 2)
-        if dtype != torch.float32 and not transposed and cols % 8 == 0 and tokens <= FUSED_TOKENS:
+        most = FEW_TOKENS if dtype == torch.float32 else FUSED_TOKENS
+        if not transposed and cols * size % 16 == 0 and tokens <= most:
             kind, held = "fused", 0
         else:
             kind, outputs = "tiles", tile_outputs(fan_in, fan_out, branches, size)

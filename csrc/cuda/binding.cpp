@@ -343,14 +343,15 @@ void sparse_rows_(Tensor out, Tensor ids, Tensor values, Tensor indices, bool ow
   check(sparse_rows(a, stream_of(stream)));
 }
 
-// y [branches, tokens, rows], x [branches or 1, tokens, cols], all contiguous; w 16-bit, aligned.
+// y [branches, tokens, rows], x [branches or 1, tokens, cols], all contiguous; w aligned.
 LinearArgs linear_args(const Tensor& y, const Tensor& x, const Tensor& w,
                        const std::optional<Tensor>& bias, const Tensor& seeds, const Tensor& coeffs,
                        int64_t param_id, int64_t row_offset, int64_t col_offset,
                        int64_t distribution, bool shared) {
   LinearArgs a;
-  a.w = matrix_of(w, col_offset, 8);
-  if (!a.w.vec || a.w.dtype == DType::f32 || a.w.cols % 8 || col_offset % kGaussianGroup)
+  const int columns = columns_of(dtype_of(w));
+  a.w = matrix_of(w, col_offset, columns);
+  if (!a.w.vec || a.w.cols % columns || col_offset % kGaussianGroup)
     throw std::runtime_error("zokernels: the fused product does not take this weight");
   a.place = place_of(param_id, row_offset, col_offset);
   a.distribution = static_cast<Distribution>(distribution);
@@ -368,11 +369,12 @@ LinearArgs linear_args(const Tensor& y, const Tensor& x, const Tensor& w,
   return a;
 }
 
+// partial float32 [parts, branches, tokens, rows], parts from linear_parts; none: one part.
 void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
-             std::optional<Tensor> pending_seeds, std::optional<Tensor> pending_coeffs,
-             std::optional<Tensor> pending_decay, bool pending_stochastic, int64_t param_id,
-             int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared,
-             int64_t multiprocessors, int64_t stream) {
+             std::optional<Tensor> partial, std::optional<Tensor> pending_seeds,
+             std::optional<Tensor> pending_coeffs, std::optional<Tensor> pending_decay,
+             bool pending_stochastic, int64_t param_id, int64_t row_offset, int64_t col_offset,
+             int64_t distribution, bool shared, int64_t multiprocessors, int64_t stream) {
   const Guard guard(y);
   LinearArgs a = linear_args(y, x, w, bias, seeds, coeffs, param_id, row_offset, col_offset,
                              distribution, shared);
@@ -383,7 +385,17 @@ void linear_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor se
     a.pending_stochastic = pending_stochastic;
   }
   a.multiprocessors = static_cast<int>(multiprocessors);
-  check(linear(a, stream_of(stream)));
+  auto* const sums = partial ? static_cast<float*>(partial->data_ptr()) : nullptr;
+  const int parts = partial ? static_cast<int>(partial->size(0)) : 1;
+  check(a.w.dtype == DType::f32 ? linear_few(a, sums, parts, stream_of(stream))
+                                : linear(a, sums, parts, stream_of(stream)));
+}
+
+int64_t linear_parts_(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
+                      bool sixteen_bit, int64_t multiprocessors) {
+  const auto count = static_cast<int>(multiprocessors);
+  return sixteen_bit ? linear_parts(rows, cols, tokens, branches, count)
+                     : linear_few_parts(rows, cols, branches, count);
 }
 
 // partial float32 [parts, branches, tokens, rows], parts from linear_sm90_parts; none: one part.
@@ -395,6 +407,7 @@ void linear_sm90_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tens
   const LinearArgs a = linear_args(y, x, w, bias, seeds, coeffs, param_id, row_offset, col_offset,
                                    distribution, shared);
   auto* const sums = partial ? static_cast<float*>(partial->data_ptr()) : nullptr;
+  if (a.w.dtype == DType::f32) throw std::runtime_error("zokernels: wgmma takes 16-bit weights");
   check(linear_sm90(a, sums, partial ? static_cast<int>(partial->size(0)) : 1, stream_of(stream)));
 }
 
@@ -438,9 +451,12 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
       "int stream) -> ()");
   m.def(
       "linear_(Tensor(a!) y, Tensor x, Tensor(b!) w, Tensor? bias, Tensor seeds, Tensor coeffs, "
-      "Tensor? pending_seeds, Tensor? pending_coeffs, Tensor? pending_decay, "
+      "Tensor(c!)? partial, Tensor? pending_seeds, Tensor? pending_coeffs, Tensor? pending_decay, "
       "bool pending_stochastic, int param_id, int row_offset, int col_offset, int distribution, "
       "bool shared, int multiprocessors, int stream) -> ()");
+  m.def(
+      "linear_parts(int rows, int cols, int tokens, int branches, bool sixteen_bit, "
+      "int multiprocessors) -> int");
   m.def(
       "linear_sm90_(Tensor(a!) y, Tensor x, Tensor w, Tensor? bias, Tensor seeds, Tensor coeffs, "
       "Tensor(b!)? partial, int param_id, int row_offset, int col_offset, int distribution, "
@@ -463,6 +479,7 @@ STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("sparse_correct_", TORCH_BOX(&zk::sparse_correct_));
   m.impl("sparse_rows_", TORCH_BOX(&zk::sparse_rows_));
   m.impl("linear_", TORCH_BOX(&zk::linear_));
+  m.impl("linear_parts", TORCH_BOX(&zk::linear_parts_));
   m.impl("linear_sm90_", TORCH_BOX(&zk::linear_sm90_));
   m.impl("linear_sm90_parts", TORCH_BOX(&zk::linear_sm90_parts_));
   m.impl("has_sm90a", TORCH_BOX(&zk::has_sm90a));

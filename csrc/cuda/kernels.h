@@ -139,7 +139,7 @@ struct RowsArgs {
   int64_t count = 0, tokens = 0, branches = 0, cols = 0;
 };
 
-// y[g, t, n] = sum_c x[g, t, c] round(w[n, c] + sum_k coeffs[g, k] z_k[n, c]) + bias[g, n], 16-bit.
+// y[g, t, n] = sum_c x[g, t, c] round(w[n, c] + sum_k coeffs[g, k] z_k[n, c]) + bias[g, n].
 // With `pending`, w is updated in place by it first, as by UpdateArgs with these terms.
 struct LinearArgs {
   Matrix w;
@@ -199,7 +199,16 @@ const char* displace_vectors(const VectorArgs&, void* stream);
 const char* sparse_update(const VectorArgs&, void* stream);
 const char* sparse_correct(const CorrectArgs&, void* stream);
 const char* sparse_rows(const RowsArgs&, void* stream);
-const char* linear(const LinearArgs&, void* stream);
+// Into how many parts of the columns a product is split, and the product. `partial`: float32 [parts,
+// branches, tokens, rows] unless parts is 1.
+int linear_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches, int multiprocessors);
+const char* linear(const LinearArgs&, float* partial, int parts, void* stream);
+// The same for float32 weights and up to kFewTokens tokens a branch, without a pending update.
+constexpr int kFewTokens = 8;
+int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors);
+const char* linear_few(const LinearArgs&, float* partial, int parts, void* stream);
+// y = the parts' sums, in order, and the bias.
+const char* add_parts(const LinearArgs&, const float* partial, int parts, void* stream);
 // The same by wgmma, for devices of compute capability 9.0: whether this build has it; into how many
 // parts of the columns a product is split; and the product, without a pending update. `partial`:
 // [parts, branches, tokens, rows] unless parts is 1.

@@ -27,8 +27,8 @@
 // memory bandwidth; 0.64 (1.1) of 2.0 TB/s on an A100. So this kernel waits for neither memory nor
 // the matrix unit: eight weights a lane feed 2 NT products, of about 6.5 cycles each at the rate
 // mma.sync reaches on Hopper, beside 8 * 61 issue cycles: a tenth of them at NT = 4, a fifth at 8.
-// TMA and wgmma speed up what is not waited for here, so there is no path for them; they pay where
-// tokens are many, and the plan with scratch tiles has them from cuBLAS. (Arithmetic, not
+// TMA and wgmma speed up what is not waited for here; they pay where tokens are many, in
+// linear_sm90.cu, and the plan with scratch tiles has them from cuBLAS. (Arithmetic, not
 // measurements.)
 //
 // `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
@@ -43,11 +43,15 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kStages = 2;
 constexpr int kChunks = 8;  // 16-byte chunks of a thread a half panel: 2 outputs x 4 quarters
 constexpr size_t kShared = size_t{kStages} * kChunks * kThreads * 16;
+// Each part's sums are four bytes an output, written and read again.
+constexpr int kMostParts = 8;
 
 struct Split {
   int warps_k;
   uint32_t first_group;
-  int halves;
+  int halves;       // half panels of the matrix
+  int halves_each;  // of a part
+  int parts;
 };
 
 // v[j][i] of four columns through the pending terms, each rounded.
@@ -115,14 +119,17 @@ ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int token0
 
 template <DType T, Distribution kind, int NT, bool pending>
 ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
-    linear_kernel(const LinearArgs a, const Split split) {
+    linear_kernel(const LinearArgs a, const Split split, float* partial) {
   const int warp = dev::thread() / 32, lane = dev::thread() % 32, q = lane % 4, r = lane / 4;
   const int wide = kWarps / split.warps_k;
   const int warp_n = warp % wide, warp_k = warp / wide;
   const int64_t n0 = dev::block_x() * (16 * wide) + warp_n * 16;
   const int tokens = static_cast<int>(a.tokens), cols = static_cast<int>(a.w.cols);
   const int token0 = static_cast<int>(dev::block_y()) * (8 * NT);
-  const int64_t first = dev::block_z() * 2;
+  const auto part = static_cast<uint32_t>(dev::block_z()) % static_cast<uint32_t>(split.parts);
+  const int64_t first = static_cast<uint32_t>(dev::block_z()) / static_cast<uint32_t>(split.parts) * 2;
+  const int begin = static_cast<int>(part) * split.halves_each;
+  const int end = begin + split.halves_each < split.halves ? begin + split.halves_each : split.halves;
   const bool two = first + 1 < a.branches;
   char* const mine = dev::shared() + dev::thread() * 16;
 
@@ -154,12 +161,12 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
     }
   }
 
-  if (warp_k < split.halves) fetch(warp_k, 0);
+  if (begin + warp_k < end) fetch(begin + warp_k, 0);
   dev::commit_copies();
   int slot = 0;
   ZK_NO_UNROLL
-  for (int h = warp_k; h < split.halves; h += split.warps_k, slot ^= 1) {
-    if (h + split.warps_k < split.halves) fetch(h + split.warps_k, slot ^ 1);
+  for (int h = begin + warp_k; h < end; h += split.warps_k, slot ^= 1) {
+    if (h + split.warps_k < end) fetch(h + split.warps_k, slot ^ 1);
     dev::commit_copies();
     dev::wait_copies<1>();
     const uint32_t group = split.first_group + static_cast<uint32_t>(h) / 2u;
@@ -248,41 +255,113 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
     const int64_t n = n0 + r + i % 4 / 2 * 8;
     if (branch < a.branches && token < tokens && n < a.w.rows) {
       float y = sum[i / (NT * 4)][i / 4 % NT][i % 4];
+      const int64_t at = (branch * a.tokens + token) * a.w.rows + n;
+      if (partial) {
+        partial[part * (a.branches * a.tokens * a.w.rows) + at] = y;
+        continue;
+      }
       if (a.bias)
         y += load_one(static_cast<const char*>(a.bias), branch * a.w.rows + n, a.bias_dtype);
-      store_one(a.y, (branch * a.tokens + token) * a.w.rows + n, T, y);
+      store_one(a.y, at, T, y);
     }
   }
 }
 
-using Kernel = void (*)(const LinearArgs, const Split);
+// y = the parts' sums, in order, and the bias.
+ZK_KERNEL void ZK_BOUNDS(kThreads, 2)
+    add_parts_kernel(const LinearArgs a, const float* partial, int parts) {
+  const int64_t i = dev::block_x() * kThreads + dev::thread();
+  const int64_t size = a.branches * a.tokens * a.w.rows;
+  if (i >= size) return;
+  float y = partial[i];
+  ZK_NO_UNROLL
+  for (int p = 1; p < parts; ++p) y += partial[p * size + i];
+  if (a.bias) {
+    const int64_t branch = i / (a.tokens * a.w.rows), n = i % a.w.rows;
+    y += load_one(static_cast<const char*>(a.bias), branch * a.w.rows + n, a.bias_dtype);
+  }
+  store_one(a.y, i, a.w.dtype, y);
+}
 
-// Products of tokens that are not there are skipped, so one size serves fewer tokens too.
+using Kernel = void (*)(const LinearArgs, const Split, float*);
+
+// Tokens of a block, in eights. Products of tokens that are not there are skipped, so one size
+// serves fewer tokens too.
+int token_tiles(int64_t tokens, bool pending) {
+  return pending || tokens > 32 ? 8 : tokens > 8 ? 4 : 1;
+}
+
 template <DType T, Distribution kind>
 Kernel choose(int tiles, bool pending) {
   if (pending) return linear_kernel<T, kind, 8, true>;
+  if (tiles == 1) return linear_kernel<T, kind, 1, false>;
   return tiles == 4 ? linear_kernel<T, kind, 4, false> : linear_kernel<T, kind, 8, false>;
+}
+
+int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
+
+// Warps side by side as far as blocks still reach every multiprocessor: activations are then read
+// less often.
+int warps_side_by_side(int64_t rows, int multiprocessors) {
+  int wide = 1;
+  while (wide < kWarps && blocks_of(rows, 32 * wide) >= multiprocessors) wide *= 2;
+  return wide;
+}
+
+// Not more warps behind each other than there are half panels.
+int warps_behind(int wide, int64_t halves) {
+  int warps_k = kWarps / wide;
+  while (warps_k > 1 && warps_k > halves) warps_k /= 2;
+  return warps_k;
 }
 
 }  // namespace
 
-const char* linear(const LinearArgs& a, void* stream) {
+// Time is waves of blocks, each as long as its warps' half panels (eight warps: 6500 issue cycles
+// with Gaussian noise) and a quarter of one for its beginning and end; a second launch adds one.
+int linear_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
+                 int multiprocessors) {
+  const int wide = warps_side_by_side(rows, multiprocessors);
+  const int64_t halves = 2 * blocks_of(cols, kGaussianGroup);
+  const int64_t others =
+      blocks_of(tokens, 8 * token_tiles(tokens, false)) * blocks_of(branches, 2);
+  int64_t best = 1, least = 0;
+  for (int64_t parts = 1; parts <= kMostParts && parts <= halves; ++parts) {
+    const int64_t each = blocks_of(halves, parts);
+    if (blocks_of(halves, each) != parts) continue;
+    const int warps_k = warps_behind(wide, each);
+    const int64_t blocks = blocks_of(rows, 16 * (kWarps / warps_k)) * others * parts;
+    const int64_t time = blocks_of(blocks, multiprocessors) * (4 * blocks_of(each, warps_k) + 1) +
+                         (parts > 1 ? 4 : 0);
+    if (parts == 1 || time < least) {
+      best = parts;
+      least = time;
+    }
+  }
+  return static_cast<int>(best);
+}
+
+const char* add_parts(const LinearArgs& a, const float* partial, int parts, void* stream) {
+  const int64_t size = a.branches * a.tokens * a.w.rows;
+  return launch(add_parts_kernel, blocks_of(size, kThreads), 1, 1, kThreads, 0, stream, a, partial,
+                parts);
+}
+
+const char* linear(const LinearArgs& a, float* partial, int parts, void* stream) {
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
   if (a.tokens > 0x7FFFFFFF || a.w.cols > 0x7FFFFFFF) return "the product is too large";
-  const int64_t tiles = (a.tokens + 7) / 8;
+  if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
   const bool pending = a.pending.count > 0;
-  const int nt = tiles <= 4 && !pending ? 4 : 8;
-  const int64_t blocks = (tiles + nt - 1) / nt, pairs = (a.branches + 1) / 2;
+  const int nt = token_tiles(a.tokens, pending);
+  const int64_t blocks = blocks_of(a.tokens, 8 * nt), pairs = blocks_of(a.branches, 2);
   if (pending && (blocks > 1 || pairs > 1))
     return "a pending update needs one block of tokens and one pair of branches";
   const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
-  Split split{kWarps, cut.first_group, static_cast<int>(2 * cut.groups)};
-  // Side by side as far as blocks still reach every multiprocessor: activations are then read less
-  // often. Not more warps behind each other than there are half panels.
-  int wide = 1;
-  while (wide < kWarps && (a.w.rows + 32 * wide - 1) / (32 * wide) >= a.multiprocessors) wide *= 2;
-  split.warps_k = kWarps / wide;
-  while (split.warps_k > 1 && split.warps_k > split.halves) split.warps_k /= 2;
+  const int halves = static_cast<int>(2 * cut.groups);
+  const int each = static_cast<int>(blocks_of(halves, parts));
+  if (each * (parts - 1) >= halves && parts > 1) return "a product has a part without columns";
+  const Split split{warps_behind(warps_side_by_side(a.w.rows, a.multiprocessors), each),
+                    cut.first_group, halves, each, parts};
   const int64_t outputs = 16 * (kWarps / split.warps_k);
   const bool normal = a.distribution == Distribution::gaussian;
   const Kernel kernel = a.w.dtype == DType::bf16
@@ -290,8 +369,9 @@ const char* linear(const LinearArgs& a, void* stream) {
                                      : choose<DType::bf16, Distribution::rademacher>(nt, pending)
                         : normal ? choose<DType::f16, Distribution::gaussian>(nt, pending)
                                  : choose<DType::f16, Distribution::rademacher>(nt, pending);
-  return launch(kernel, (a.w.rows + outputs - 1) / outputs, blocks, pairs, kThreads, kShared,
-                stream, a, split);
+  const char* error = launch(kernel, blocks_of(a.w.rows, outputs), blocks, pairs * parts, kThreads,
+                             kShared, stream, a, split, parts > 1 ? partial : nullptr);
+  return error || parts == 1 ? error : add_parts(a, partial, parts, stream);
 }
 
 }  // namespace zk

@@ -296,22 +296,6 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
 #endif
 }
 
-// y = the parts' sums, in order, and the bias.
-ZK_KERNEL void ZK_BOUNDS(kThreads, 2)
-    add_parts_kernel(const LinearArgs a, const float* partial, int parts) {
-  const int64_t i = dev::block_x() * kThreads + dev::thread();
-  const int64_t size = a.branches * a.tokens * a.w.rows;
-  if (i >= size) return;
-  float y = partial[i];
-  ZK_NO_UNROLL
-  for (int p = 1; p < parts; ++p) y += partial[p * size + i];
-  if (a.bias) {
-    const int64_t branch = i / (a.tokens * a.w.rows), n = i % a.w.rows;
-    y += load_one(static_cast<const char*>(a.bias), branch * a.w.rows + n, a.bias_dtype);
-  }
-  store_one(a.y, i, a.w.dtype, y);
-}
-
 int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
 
 }  // namespace
@@ -349,6 +333,7 @@ const char* linear_sm90(const LinearArgs& a, float* partial, int parts, void* st
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
   constexpr int64_t most = 0x7FFFFFFF - 2 * kOutputs;
   if (a.tokens > most || a.w.cols > most || a.w.rows > most) return "the product is too large";
+  if (a.w.dtype == DType::f32) return "this product takes 16-bit weights";
   if (a.pending.count > 0) return "this product takes no pending update";
   if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
   const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
@@ -383,9 +368,7 @@ const char* linear_sm90(const LinearArgs& a, float* partial, int parts, void* st
       launch(kernel, blocks, blocks_of(a.tokens, kTokens), blocks_of(a.branches, 2) * parts,
              kThreads, kShared, stream, x, w, a, split, parts > 1 ? partial : nullptr);
   if (error || parts == 1) return error;
-  const int64_t size = a.branches * a.tokens * a.w.rows;
-  return launch(add_parts_kernel, blocks_of(size, kThreads), 1, 1, kThreads, 0, stream, a,
-                static_cast<const float*>(partial), parts);
+  return add_parts(a, partial, parts, stream);
 }
 
 }  // namespace zk
