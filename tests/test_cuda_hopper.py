@@ -1,7 +1,8 @@
-"""The product by wgmma and TMA (csrc/cuda/linear_sm90.cu), on the CPU.
+"""The product by wgmma and TMA (csrc/cuda/linear_sm90.cu), on the CPU and on a Hopper GPU.
 
 The kernel that nvcc compiles for sm_90a runs thread by thread over csrc/cuda/emulate_hopper.h; that
-this header sees mistakes is tested here too. What a device does is not.
+this header sees mistakes is tested here too. With a device of compute capability 9.0 and the CUDA
+backend built, the same cases run on the device.
 """
 
 from __future__ import annotations
@@ -34,8 +35,26 @@ ROOT = Path(__file__).resolve().parents[1]
 EVERY = 1 << 30
 
 
-def native(*, multiprocessors: int = 1, limit: int = EVERY) -> Native:
+def devices() -> list[str]:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return ["cpu"]
+    on_device = _registry.backends().get("cuda")
+    return ["cpu", "cuda"] if on_device is not None and on_device.reason is None else ["cpu"]
+
+
+DEVICES = devices()
+
+
+def native(*, multiprocessors: int = 1, limit: int = EVERY, device: str = "cpu") -> Native:
     """The backend with the product on; one multiprocessor: a product is one part."""
+    if device == "cuda":
+        return Native(
+            torch.ops.zokernels_cuda,
+            stream=lambda device: torch.cuda.current_stream(device).cuda_stream,
+            multiprocessors=lambda device: multiprocessors,
+            capturing=lambda: False,
+            wgmma_tokens=lambda device: limit,
+        )
     cuda_emulated.library()
     return Native(
         torch.ops.zokernels_cuda_emulated,
@@ -61,6 +80,7 @@ class Case:
     bias: bool = False
     offset: tuple[int, int] = (3, 512)
     multiprocessors: int = 1
+    device: str = "cpu"
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, tuple]:
         w = rand(self.fan_out, self.fan_in + 8, dtype=self.dtype)[:, : self.fan_in]
@@ -70,12 +90,17 @@ class Case:
         seeds, coeffs = seeds_of(self.terms), table(self.branches, self.terms)
         return x, w, b, (seeds, coeffs, PID, *self.offset, self.distribution)
 
-    def result(self) -> Tensor:
-        x, w, b, rest = self.inputs()
-        ops = native(multiprocessors=self.multiprocessors)
+    def result(self, *, wgmma: bool = True) -> Tensor:
+        x, _, b, (seeds, coeffs, *place) = self.inputs()
+        x, seeds, coeffs = (t.to(self.device) for t in (x, seeds, coeffs))
+        w = rand(self.fan_out, self.fan_in + 8, dtype=self.dtype).to(self.device)[:, : self.fan_in]
+        b = None if b is None else b.to(self.device)
+        ops = native(multiprocessors=self.multiprocessors, device=self.device)
         assert ops.takes_fused(x, w, 1, self.offset[1], False)
         assert ops.wgmma.takes(x, w, self.tokens)
-        return ops.wgmma.linear(x, w, b, *rest, self.shared)
+        if wgmma:
+            return ops.wgmma.linear(x, w, b, seeds, coeffs, *place, self.shared).cpu()
+        return ops._fused(x, w, b, seeds, coeffs, *place, self.shared, None).cpu()
 
     def check(self) -> None:
         x, w, b, rest = self.inputs()
@@ -88,7 +113,7 @@ class Case:
         bound = 0.5 * torch.finfo(self.dtype).eps * exact.abs() + slack
         assert got.dtype == self.dtype
         assert bool(((got.double() - exact).abs() <= bound).all()), self
-        mma = native()._fused(x, w, b, *rest, self.shared, None)
+        mma = self.result(wgmma=False)
         assert bool(((got.double() - mma.double()).abs() <= 2 * bound).all()), self
         plain = reference.linear(x[0] if self.shared else x, w, b, *rest, self.shared, False)
         # Its normals differ by up to 2e-6: now and then a displaced weight rounds the other way.
@@ -96,12 +121,15 @@ class Case:
         assert bool(((got.double() - plain.double()).abs() <= far).all()), self
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
-def test_product(dtype: torch.dtype, distribution: str) -> None:
-    Case(100, 520, 70, dtype=dtype, distribution=distribution, bias=True).check()
+def test_product(dtype: torch.dtype, distribution: str, device: str) -> None:
+    case = Case(100, 520, 70, dtype=dtype, distribution=distribution, bias=True, device=device)
+    case.check()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("tokens", "fan_in", "fan_out"),
     [
@@ -113,20 +141,24 @@ def test_product(dtype: torch.dtype, distribution: str) -> None:
         (300, 776, 200),
     ],
 )
-def test_shapes(tokens: int, fan_in: int, fan_out: int) -> None:
-    Case(tokens, fan_in, fan_out).check()
+def test_shapes(tokens: int, fan_in: int, fan_out: int, device: str) -> None:
+    Case(tokens, fan_in, fan_out, device=device).check()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("branches", [1, 2, 3, 4])
 @pytest.mark.parametrize("shared", [False, True], ids=["stacked", "shared"])
-def test_branches(branches: int, shared: bool) -> None:
-    Case(65, 264, 66, branches=branches, shared=shared, bias=shared, terms=branches).check()
+def test_branches(branches: int, shared: bool, device: str) -> None:
+    case = Case(65, 264, 66, branches=branches, shared=shared, bias=shared, device=device)
+    dataclasses.replace(case, terms=branches).check()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("branches", [2, 3])
-def test_parts_of_the_columns(branches: int) -> None:
+def test_parts_of_the_columns(branches: int, device: str) -> None:
     """Parts that meet in global memory, of several half panels each and the last one shorter."""
     case = Case(129, 1288, 70, branches=branches, bias=True, multiprocessors=2 * branches + 2)
+    case = dataclasses.replace(case, device=device)
     parts = native().wgmma._parts(70, 1288, 129, branches, case.multiprocessors)
     assert 1 < parts < 6
     case.check()
