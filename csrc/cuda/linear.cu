@@ -14,8 +14,10 @@
 //
 // Block: 8 warps, 8 / warps_k of them side by side (16 outputs each), warps_k behind each other
 // taking every warps_k-th half panel; their sums meet in shared memory and are added in order.
-// Grid: outputs, blocks of 8 NT tokens, pairs of branches. More than one block of tokens draws the
-// noise again: the caller multiplies through scratch tiles from there on.
+// Grid: outputs, blocks of 8 NT tokens, pairs of branches times parts of the columns. Several parts
+// where outputs do not fill the GPU: their sums meet in global memory and a second kernel adds them
+// in order (linear_parts). More than one block of tokens draws the noise again: the caller
+// multiplies through scratch tiles from there on.
 // Weights go through shared memory by cp.async, one half panel ahead; every thread reads back what
 // it copied itself, so that no barrier is needed.
 //
@@ -30,6 +32,14 @@
 // TMA and wgmma speed up what is not waited for here; they pay where tokens are many, in
 // linear_sm90.cu, and the plan with scratch tiles has them from cuBLAS. (Arithmetic, not
 // measurements.)
+//
+// Few tokens. Of the eight columns of a product's right factor one token uses one, yet plain fma
+// would not be cheaper: a product of 16 x 8 weights and its load are 0.5 instructions a weight for
+// up to 8 tokens of both branches. With NT = 1 a weight costs 51 (Rademacher 27): 39 (15) the noise
+// and its two fma, 10 unpacking, packing and products, 2 copies and loops; NT = 4 spends 52 on the
+// same tokens. By fma, linear_few.cu's loop has 52 at one token and 71 at eight in float32, and here
+// 4 more to round to 16 bits and to unpack again: 56 to 75. So 16-bit weights stay with mma at any
+// number of tokens: 1.2 (2.2) TB/s on an H200 by the same arithmetic, whatever the tokens.
 //
 // `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
 // update of the last step costs its noise and no pass over memory of its own.
