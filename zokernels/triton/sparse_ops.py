@@ -24,7 +24,7 @@ from zokernels.triton.noise import INTERPRETED
 from zokernels.triton.tables import Group, capturing, group, kept
 
 # Groups of 256 elements of a tile. The interpreter pays for operations, not for their size.
-_ROWS = 64 if INTERPRETED else 4
+_ROWS = 16 if INTERPRETED else 4
 # Outputs and rows of activations of a tile, rows where they are few, elements of an output at once.
 _OUTPUTS, _TOKENS, _FEW_TOKENS, _STEP = (128, 64, 64, 4) if INTERPRETED else (32, 64, 16, 4)
 # More rows than this are turned, so that an element reads neighbours, this many bytes at a time.
