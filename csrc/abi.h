@@ -3,6 +3,6 @@
 
 namespace zk {
 
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 }  // namespace zk

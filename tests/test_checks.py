@@ -49,6 +49,11 @@ def good(op: str) -> dict[str, Any]:
             "x": x, "w": w, "bias": torch.randn(2, 4), **terms, **place, "shared": False,
             "transposed": False,
         },
+        "update_linear_": {
+            "x": x, "w": w, "bias": torch.randn(2, 4), **terms,
+            "pending_seeds": torch.tensor([7]), "pending_coeffs": torch.tensor([0.1]),
+            "pending_decay": torch.ones(1), "rounding": "nearest", **place, "shared": False,
+        },
         "embedding": {
             "ids": torch.tensor([[0, 1], [2, 3]]), "w": w, **terms, **place, "shared": False,
         },
@@ -76,7 +81,8 @@ def good(op: str) -> dict[str, Any]:
 
 
 META = {"device": "meta"}
-WEIGHTED = ["displace", "displace_", "linear", "embedding", "linear_cross_entropy"]
+PRODUCTS = ["linear", "update_linear_", "linear_cross_entropy"]
+WEIGHTED = ["displace", "displace_", "embedding", *PRODUCTS]
 PLACED = ["sample", *WEIGHTED]
 MANY = ["update_", "project"]
 MASKED = ["sparse_displace", "sparse_linear", "sparse_embedding"]
@@ -89,7 +95,7 @@ BAD: list[Bad] = [
     # --- shared by several ops
     (EVERY, {"distribution": "cauchy"}, ValueError,
      "distribution must be one of ['gaussian', 'rademacher']; got 'cauchy'"),
-    (["displace", "displace_", "update_"], {"rounding": "up"}, ValueError,
+    (["displace", "displace_", "update_", "update_linear_"], {"rounding": "up"}, ValueError,
      "rounding must be one of ['nearest', 'stochastic']; got 'up'"),
     (WEIGHTED + MANY, {"seeds": torch.tensor([1, 2], dtype=torch.int32)}, TypeError,
      "seeds must be an int64 vector; got torch.int32 of shape (2,)"),
@@ -234,26 +240,34 @@ BAD: list[Bad] = [
     (["update_"], {"ends": torch.ones(2, dtype=torch.bool, **META)}, ValueError,
      "ends must be on cpu like the weights; got meta"),
     # --- products
-    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 6).to(torch.bfloat16)}, TypeError,
+    (PRODUCTS, {"x": torch.zeros(2, 3, 6).to(torch.bfloat16)}, TypeError,
      "x must have the dtype of w, torch.float32; got torch.bfloat16"),
-    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 5)}, ValueError,
+    (PRODUCTS, {"x": torch.zeros(2, 3, 5)}, ValueError,
      "x must end in a dimension of 6; got shape (2, 3, 5)"),
     (["linear"], {"transposed": True}, ValueError,
      "x must end in a dimension of 4; got shape (2, 3, 6)"),
-    (["linear", "linear_cross_entropy"], {"x": torch.zeros(6)}, ValueError,
+    (PRODUCTS, {"x": torch.zeros(6)}, ValueError,
      "x must end in a dimension of 6; got shape (6,)"),
-    (["linear", "linear_cross_entropy"], {"x": torch.zeros(3, 3, 6)}, ValueError,
+    (PRODUCTS, {"x": torch.zeros(3, 3, 6)}, ValueError,
      "x must start with 2 branches; got shape (3, 3, 6)"),
-    (["linear", "linear_cross_entropy"], {"x": torch.zeros(2, 3, 6, **META)}, ValueError,
+    (PRODUCTS, {"x": torch.zeros(2, 3, 6, **META)}, ValueError,
      "x must be on cpu like the weights; got meta"),
-    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(4)}, ValueError,
+    (PRODUCTS, {"bias": torch.zeros(4)}, ValueError,
      "bias must have shape (2, 4); got shape (4,)"),
-    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(2, 6)}, ValueError,
+    (PRODUCTS, {"bias": torch.zeros(2, 6)}, ValueError,
      "bias must have shape (2, 4); got shape (2, 6)"),
-    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(2, 4, dtype=torch.int64)}, TypeError,
+    (PRODUCTS, {"bias": torch.zeros(2, 4, dtype=torch.int64)}, TypeError,
      "bias must be float32, bfloat16 or float16; got torch.int64"),
-    (["linear", "linear_cross_entropy"], {"bias": torch.zeros(2, 4, **META)}, ValueError,
+    (PRODUCTS, {"bias": torch.zeros(2, 4, **META)}, ValueError,
      "bias must be on cpu like the weights; got meta"),
+    (["update_linear_"], {"pending_seeds": torch.tensor([7.0])}, TypeError,
+     "pending_seeds must be an int64 vector; got torch.float32 of shape (1,)"),
+    (["update_linear_"], {"pending_seeds": torch.zeros(1, dtype=torch.int64, **META)}, ValueError,
+     "pending_seeds must be on cpu like the weights; got meta"),
+    (["update_linear_"], {"pending_coeffs": torch.ones(2)}, TypeError,
+     "pending_coeffs must be float32 of shape [1]; got torch.float32 of shape (2,)"),
+    (["update_linear_"], {"pending_decay": torch.ones(2)}, TypeError,
+     "pending_decay must be float32 of shape [1]; got torch.float32 of shape (2,)"),
     (["embedding"], {"ids": torch.zeros(2, 2)}, TypeError,
      "ids must be int64 or int32; got torch.float32"),
     (["embedding"], {"ids": torch.zeros(3, 2, dtype=torch.int64)}, ValueError,

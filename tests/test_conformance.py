@@ -460,6 +460,43 @@ def test_linear_takes_a_float32_bias(name: str, dtype: torch.dtype) -> None:
     assert error(got, exact) <= 2 * torch.finfo(dtype).eps * float(exact.abs().max())
 
 
+# Backends without the op update in a pass of its own.
+WITHOUT_FUSED_UPDATE = {"triton"}
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_update_linear_is_its_update_and_its_product(
+    name: str, dtype: torch.dtype, distribution: str
+) -> None:
+    has = "update_linear_" in _registry.backends()[name].kernels
+    assert has == (name not in WITHOUT_FUSED_UPDATE)
+    if not has:
+        return
+    for (rows, cols), tokens, branches, terms, shared, rounding in [
+        ((20, 264), 5, 2, 1, False, "stochastic"),
+        ((33, 520), 3, 1, 2, False, "nearest"),
+        ((17, 40), 1, 2, 1, True, "stochastic"),
+        ((9, 21), 2, 3, 1, False, "stochastic"),
+        ((16, 256), 70, 2, 1, False, "stochastic"),
+    ]:
+        x = rand(*(() if shared else (branches,)), tokens, cols, dtype=dtype)
+        bias = rand(branches, rows, seed=4)
+        probe = (seeds_of(1), table(branches, 1))
+        last = (seeds_of(terms) + 7, rand(terms) * 0.1, 1 - rand(terms, seed=8).abs() * 0.1)
+        place = (PID, 3, 256)
+        at_once, apart = rand(rows, cols, dtype=dtype), rand(rows, cols, dtype=dtype)
+        where = ([PID], [3], [256], distribution, rounding)
+        run(name, "update_", [apart], *last, None, *where)
+        want = run(name, "linear", x, apart, bias, *probe, *place, distribution, shared, False)
+        got = run(
+            *(name, "update_linear_", x, at_once, bias, *probe, *last, rounding),
+            *(*place, distribution, shared),
+        )
+        same(at_once, apart)
+        same(got, want)
+
+
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embedding_is_rows_of_the_displaced_table(

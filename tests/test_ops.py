@@ -150,6 +150,16 @@ def cases() -> dict[str, list[tuple[Any, ...]]]:
             (rand(3, 0, 40), w, None, *both, *place, "gaussian", False, False),
             (rand(2, 5, 40).half(), w.half(), None, *one, *place, "gaussian", False, False),
         ],
+        "update_linear_": [
+            (
+                x, w.clone(), rand(3, 6), *both, SEEDS[:1] + 9, torch.tensor([0.1]),
+                torch.tensor([0.9]), "nearest", *place, "gaussian", False,
+            ),
+            (
+                xb, wb.clone(), None, *one, SEEDS + 9, torch.tensor([0.1, 0.2]), None,
+                "stochastic", *place, "rademacher", True,
+            ),
+        ],
         "embedding": [
             (ids, w, *both, *place, "gaussian", True),
             (ids.int().expand(3, 2, 3).contiguous(), wb, *both, *place, "rademacher", False),

@@ -30,25 +30,27 @@ def _device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like the weights; got {tensor.device}")
 
 
-def _seeds(seeds: Tensor, device: torch.device) -> None:
+def _seeds(seeds: Tensor, device: torch.device, name: str = "seeds") -> None:
     if seeds.dtype != torch.int64 or seeds.dim() != 1:
         raise TypeError(
-            f"seeds must be an int64 vector; got {seeds.dtype} of shape {tuple(seeds.shape)}"
+            f"{name} must be an int64 vector; got {seeds.dtype} of shape {tuple(seeds.shape)}"
         )
-    _device("seeds", seeds, device)
+    _device(name, seeds, device)
 
 
-def _coeffs(coeffs: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+def _coeffs(
+    coeffs: Tensor, shape: tuple[int | None, ...], device: torch.device, name: str = "coeffs"
+) -> None:
     fits = len(shape) == coeffs.dim() and all(
         want is None or want == got for want, got in zip(shape, coeffs.shape, strict=True)
     )
     if coeffs.dtype != torch.float32 or not fits:
         wanted = ", ".join("branches" if n is None else str(n) for n in shape)
         raise TypeError(
-            f"coeffs must be float32 of shape [{wanted}]; got {coeffs.dtype} of shape "
+            f"{name} must be float32 of shape [{wanted}]; got {coeffs.dtype} of shape "
             f"{tuple(coeffs.shape)}"
         )
-    _device("coeffs", coeffs, device)
+    _device(name, coeffs, device)
 
 
 def _region(rows: int, cols: int, param_id: int, row_offset: int, col_offset: int) -> None:
@@ -251,6 +253,30 @@ def linear(
     return w.device.type
 
 
+def update_linear_(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    pending_seeds: Tensor,
+    pending_coeffs: Tensor,
+    pending_decay: Tensor | None,
+    rounding: str,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> str:
+    place = (param_id, row_offset, col_offset, distribution)
+    device = linear(x, w, bias, seeds, coeffs, *place, shared, False)
+    _seeds(pending_seeds, w.device, "pending_seeds")
+    _terms(pending_coeffs, pending_decay, pending_seeds.numel(), w.device, "pending_")
+    _choice("rounding", rounding, ROUNDINGS)
+    return device
+
+
 def embedding(
     ids: Tensor,
     w: Tensor,
@@ -402,15 +428,17 @@ def sparse_update_(
     return device.type
 
 
-def _terms(coeffs: Tensor, decay: Tensor | None, terms: int, device: torch.device) -> None:
-    _coeffs(coeffs, (terms,), device)
+def _terms(
+    coeffs: Tensor, decay: Tensor | None, terms: int, device: torch.device, prefix: str = ""
+) -> None:
+    _coeffs(coeffs, (terms,), device, f"{prefix}coeffs")
     if decay is not None and (decay.dtype != torch.float32 or tuple(decay.shape) != (terms,)):
         raise TypeError(
-            f"decay must be float32 of shape [{terms}]; got {decay.dtype} of shape "
+            f"{prefix}decay must be float32 of shape [{terms}]; got {decay.dtype} of shape "
             f"{tuple(decay.shape)}"
         )
     if decay is not None:
-        _device("decay", decay, device)
+        _device(f"{prefix}decay", decay, device)
 
 
 def _input(x: Tensor, w: Tensor, branches: int, fan_in: int, shared: bool) -> None:
@@ -486,6 +514,7 @@ CHECKS: dict[str, Callable[..., str]] = {
     "update_": update_,
     "project": project,
     "linear": linear,
+    "update_linear_": update_linear_,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
     "sparse_displace": sparse_displace,

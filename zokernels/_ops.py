@@ -48,6 +48,10 @@ SCHEMAS = {
     "linear": "(Tensor x, Tensor w, Tensor? bias, Tensor seeds, Tensor coeffs, int param_id, "
     "SymInt row_offset, SymInt col_offset, str distribution, bool shared, bool transposed) "
     "-> Tensor",
+    # `update_` of w by pending terms, one rounding each, then `linear` of the new w.
+    "update_linear_": "(Tensor x, Tensor(a!) w, Tensor? bias, Tensor seeds, Tensor coeffs, "
+    "Tensor pending_seeds, Tensor pending_coeffs, Tensor? pending_decay, str rounding, "
+    "int param_id, SymInt row_offset, SymInt col_offset, str distribution, bool shared) -> Tensor",
     # Rows ids of W_g; ids [G, ...], or [...] when shared; -> [G, ..., cols].
     "embedding": "(Tensor ids, Tensor w, Tensor seeds, Tensor coeffs, int param_id, "
     "SymInt row_offset, SymInt col_offset, str distribution, bool shared) -> Tensor",
@@ -155,6 +159,27 @@ def _(
 ) -> Tensor:
     lead = x.shape[:-1] if shared else x.shape[1:-1]
     return x.new_empty((coeffs.shape[0], *lead, w.shape[1 if transposed else 0]))
+
+
+@_fake("update_linear_")
+def _(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    pending_seeds: Tensor,
+    pending_coeffs: Tensor,
+    pending_decay: Tensor | None,
+    rounding: str,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    lead = x.shape[:-1] if shared else x.shape[1:-1]
+    return x.new_empty((coeffs.shape[0], *lead, w.shape[0]))
 
 
 @_fake("embedding")

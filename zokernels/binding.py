@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zokernels._checks import DTYPES
 from zokernels.masks import Mask
 from zokernels.noise import parameter_ids
+from zokernels.pending import PendingUpdate
 from zokernels.selection import Selection, selected, unwrap
 from zokernels.subset import BoundParameter, Masked, ModelChangedError, Subset
 
@@ -61,9 +62,11 @@ class Binding(Subset):
         self, model: nn.Module, params: Selection = None, mask: Mask | None = None
     ) -> None:
         self.model = unwrap(model)
-        self.lock = _slot(self.model).lock  # held while the parameters are replaced
+        slot = _slot(self.model)
+        self.lock = slot.lock  # held while the parameters are replaced
         if self.lock.locked():
             raise RuntimeError(BUSY)
+        self.pending = slot.pending
         self.mask = mask
         if mask is None:
             named = selected(self.model, params)
@@ -119,11 +122,12 @@ class Binding(Subset):
         return self.params[0].device
 
     def check(self) -> None:
-        """Raise when the model is no longer the one that was bound.
+        """Raise when the model is no longer the one that was bound; make its pending update.
 
         Raises:
             ModelChangedError: a parameter was replaced, resized, moved or converted.
         """
+        self.pending.settle()
         for holder, key, child in self._children:
             if holder.get(key) is not child:
                 raise ModelChangedError(
@@ -199,25 +203,33 @@ _KEPT = 8
 
 
 class _Slot:
-    """A model's bindings and its lock, kept on the model: all die together, copies start empty."""
+    """A model's bindings, lock and pending update, kept on the model: all die together, copies
+    start empty.
+    """
 
     KEY = "_zokernels_binding"
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.binding: Binding | None = None  # of the parameters that require gradients
         self.selections: OrderedDict[tuple[str, ...], Binding] = OrderedDict()
         self.masks: OrderedDict[str, Binding] = OrderedDict()  # by fingerprint
         self.lock = threading.Lock()
+        self.pending = PendingUpdate(model)
 
-    def __deepcopy__(self, memo: object) -> _Slot:
-        return _Slot()
-
-    def __reduce__(self) -> tuple[type[_Slot], tuple[()]]:
-        return _Slot, ()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # Too late to make the update: the parameters may be copied already.
+        if self.pending:
+            raise RuntimeError(
+                "an update of this model is pending: call flush() of its optimizer before the "
+                "model is copied or pickled"
+            )
+        return type(None), ()
 
 
 def _slot(model: nn.Module) -> _Slot:
-    slot: _Slot = model.__dict__.setdefault(_Slot.KEY, _Slot())
+    slot: _Slot | None = model.__dict__.get(_Slot.KEY)
+    if slot is None:
+        slot = model.__dict__[_Slot.KEY] = _Slot(model)
     return slot
 
 

@@ -32,6 +32,7 @@ from zokernels.lazy.masked import displaced as displaced_under_mask
 from zokernels.losses import loss_of
 from zokernels.masks import Mask
 from zokernels.noise import DISTRIBUTIONS, signed_seed
+from zokernels.pending import PendingUpdate
 from zokernels.precision import CompositeOps
 from zokernels.randomness import rewinder
 
@@ -177,18 +178,23 @@ class Branches:
             return self._captured(fn)
         memory = self._memory()
         given_up = memory.sequential is not None and self.sequential is None
+        pending = self.binding.pending
         if self.sequential or self.num_branches == 1 or given_up:
+            pending.make()
             return (self._one_by_one if memory.looked else self._first_one_by_one)(memory, fn)
         if not memory.checked:
+            pending.make()
             return self._first_use(memory, fn)
         try:
-            outputs = self._stacked(memory, fn)
+            outputs = self._stacked(memory, fn, pending)
             if memory.lazy.state.low_precision and not memory.autocast:
+                pending.make()
                 return self._first_use(memory, fn)  # autocast is another computation: check it too
             return outputs
         except Exception as error:
             if self.sequential is False or _out_of_memory(error):
                 raise
+            pending.make()
             outputs = self._one_by_one(memory, fn)  # raises again when fn itself is at fault
             self._give_up(memory, _reason(error))
             return outputs
@@ -222,12 +228,14 @@ class Branches:
         return memory
 
     @contextlib.contextmanager
-    def _active(self, memory: _Memory, coeffs: Tensor) -> Iterator[None]:
+    def _active(
+        self, memory: _Memory, coeffs: Tensor, pending: PendingUpdate | None = None
+    ) -> Iterator[None]:
         lazy = memory.lazy
         if not self.binding.lock.acquire(blocking=False):
             raise RuntimeError(BUSY)
         try:
-            lazy.state.begin(self.seeds, coeffs, self.scale, self.distribution)
+            lazy.state.begin(self.seeds, coeffs, self.scale, self.distribution, pending)
             aliased = {p.name for p in memory.aliases}
             with contextlib.ExitStack() as stack:
                 if memory.aliases and coeffs.shape[0] == 1:
@@ -262,7 +270,9 @@ class Branches:
             lazy.state.end()
             self.binding.lock.release()
 
-    def _stacked(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
+    def _stacked(
+        self, memory: _Memory, fn: Callable[[], Any], pending: PendingUpdate | None = None
+    ) -> Any:
         state = memory.lazy.state
         layout: list[Any] = []
 
@@ -281,7 +291,7 @@ class Branches:
         # nothing here.
         _warn_of_loops(False)
         try:
-            with self._active(memory, self.coeffs):
+            with self._active(memory, self.coeffs, pending):
                 index = torch.arange(self.num_branches, device=self.binding.device)
                 stacked = iter(torch.func.vmap(body, randomness="same")(index, *self._inputs))
         finally:

@@ -46,6 +46,7 @@ _displace_vectors = torch.ops.zokernels_cpp.displace_vectors.default
 _update = torch.ops.zokernels_cpp.update_.default
 _project = torch.ops.zokernels_cpp.project.default
 _linear = torch.ops.zokernels_cpp.linear.default
+_update_linear = torch.ops.zokernels_cpp.update_linear_.default
 _embedding = torch.ops.zokernels_cpp.embedding.default
 _cross_entropy = torch.ops.zokernels_cpp.linear_cross_entropy.default
 
@@ -310,6 +311,43 @@ def linear(
     return y if len(lead) == 1 else y.view(y.shape[0], *lead, y.shape[2])
 
 
+def update_linear_(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    pending_seeds: Tensor,
+    pending_coeffs: Tensor,
+    pending_decay: Tensor | None,
+    rounding: str,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    y: Tensor = _update_linear(
+        x.contiguous(),
+        w,
+        None if bias is None else bias.contiguous(),
+        seeds,
+        coeffs,
+        pending_seeds,
+        pending_coeffs,
+        pending_decay,
+        _ROUNDING[rounding],
+        param_id,
+        row_offset,
+        col_offset,
+        DISTRIBUTION[distribution],
+        shared,
+    )
+    written([w])
+    lead = x.shape[:-1] if shared else x.shape[1:-1]
+    return y if len(lead) == 1 else y.view(y.shape[0], *lead, y.shape[2])
+
+
 def embedding(
     ids: Tensor,
     w: Tensor,
@@ -384,6 +422,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "update_": update_,
     "project": project,
     "linear": linear,
+    "update_linear_": update_linear_,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
     **cpp_sparse.KERNELS,

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import deferred
+from zokernels.binding import Binding, BoundParameter
 from zokernels.optim import MeZO
+from zokernels.pending import PendingTerm, PendingUpdate
 
 
 class GraphedStep:
@@ -66,22 +68,86 @@ class GraphedStep:
         self._inputs = optimizer._inputs(optimizer._seeds(optimizer._step), self._rates)
         if sequential:
             raise ValueError("optimizer must not be sequential: a graph holds the stacked branches")
+        self._held = self._hold() if optimizer.fuse_update else []
         self._replay, self._losses = record(self._run, self._warm_up)
 
     @torch.no_grad()
     def _warm_up(self) -> None:
         """Everything that happens once: comparisons, compilation, tables. No weight changes."""
-        for _ in range(2):
+        self.optimizer.flush()
+        for _ in range(3):
+            self._wait()
             losses = self.optimizer._evaluate(self._functions, self._inputs.seeds, None)
-        self.optimizer._update_on_device(torch.full_like(losses, torch.nan), self._inputs, None)
+        move = self._keep if self._held else None
+        nothing = torch.full_like(losses, torch.nan)
+        self.optimizer._update_on_device(nothing, self._inputs, None, move)
+        self._wait()
 
     @torch.no_grad()
     def _run(self) -> Tensor:
         optimizer = self.optimizer
         losses = optimizer._evaluate(self._functions, self._inputs.seeds, None)
         losses = optimizer._reduce_losses(losses)
-        optimizer._update_on_device(losses, self._inputs, None)
+        move = self._keep if self._held else None
+        optimizer._update_on_device(losses, self._inputs, None, move)
         return losses
+
+    # --- with fuse_update: the graph begins with the update of the last replay and leaves its own
+    # in tensors that stay where they are ----------------------------------------------------------
+
+    def _hold(self) -> list[tuple[list[BoundParameter], PendingTerm]]:
+        """One pending term a group, that changes nothing yet."""
+        optimizer, device = self.optimizer, self._inputs.seeds.device
+        return [
+            (
+                members,
+                PendingTerm(
+                    torch.zeros(1, dtype=torch.int64, device=device),
+                    torch.zeros(1, device=device),
+                    torch.ones(1, device=device),
+                    optimizer.distribution,
+                    optimizer.rounding,
+                ),
+            )
+            for members in optimizer._groups
+            if members
+        ]
+
+    def _keep(
+        self, members: list[BoundParameter], seeds: Any, coeffs: Any, decay: Any, ends: Any
+    ) -> None:
+        term = next(term for own, term in self._held if own is members)
+        assert term.decay is not None
+        term.seed.copy_(seeds)
+        term.coeff.copy_(coeffs)
+        term.decay.copy_(decay)
+
+    def _wait(self) -> None:
+        """Let the held terms wait, if they do not: what a replay takes up."""
+        if self._held and not self._waits:
+            for members, term in self._held:
+                self._pending.add(members, term)
+
+    @property
+    def _waits(self) -> bool:
+        return self._pending.holds({p.name: term for own, term in self._held for p in own})
+
+    @property
+    def _pending(self) -> PendingUpdate:
+        bound = self.optimizer._bound
+        assert isinstance(bound, Binding)
+        return bound.pending
+
+    def _take_over(self) -> None:
+        """Leave the update of the last replay to the next one; make any other."""
+        if self._held and self._waits:
+            return
+        self.optimizer.flush()
+        for _, term in self._held:
+            assert term.decay is not None
+            term.coeff.zero_()
+            term.decay.fill_(1)
+        self._wait()
 
     @torch.no_grad()
     def __call__(self, batch: Any = None) -> Tensor:
@@ -111,7 +177,9 @@ class GraphedStep:
         fresh = optimizer._inputs(seeds, rates)
         for name in ("seeds", "weights", "decay"):
             getattr(self._inputs, name).copy_(getattr(fresh, name))
+        self._take_over()
         self._replay()
+        self._wait()
         losses = self._losses.clone()
         optimizer._note(seeds, rates, losses, fresh.past)
         return losses.mean()

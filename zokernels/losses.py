@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.overrides import handle_torch_function, has_torch_function
 
+from zokernels.pending import only_settles
+
 # Settings of transformers configurations that put something between the head and the loss.
 _MORE_THAN_A_HEAD = (
     "final_logit_softcapping",
@@ -80,7 +82,11 @@ def _logits_can_go(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether :func:`causal_lm_loss` is this model's loss, from one comparison on real numbers."""
     if not _PLAIN_ARGUMENTS.issuperset(batch) or batch.get("labels") is None:
         return False
-    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__
+    hooked = (
+        model._forward_hooks
+        or not only_settles(model._forward_pre_hooks.values())
+        or "forward" in model.__dict__
+    )
     if hooked or torch.is_autocast_enabled(batch["labels"].device.type):
         return False
     try:

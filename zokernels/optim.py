@@ -25,7 +25,9 @@ from zokernels.displacement import UnknownVersionError, check_distribution, chec
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
 from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
+from zokernels.pending import PendingTerm
 from zokernels.randomness import rewinder
+from zokernels.subset import on
 from zokernels.trajectory import Trajectory, TrajectoryError
 
 ESTIMATORS = ("central", "forward")
@@ -129,6 +131,12 @@ class MeZO(torch.optim.Optimizer):
             for a Binding, which has its own. Every parameter it touches must be listed in
             ``params``. Masked elements are trained in float32: ``rounding`` is of no consequence.
         journal: a :class:`~zokernels.Trajectory` that records every update; see :meth:`resume`.
+        fuse_update: let the update of a step wait for the next step's forward pass, which makes it
+            as it reads each weight (where a backend has ``update_linear_``: weights are then read
+            and written once a step; elsewhere it is made first). The numbers are the same. Whatever
+            uses the model makes it too; call :meth:`flush` before parameters are read directly or
+            the model is copied. Updates of more than one direction or with momentum do not wait,
+            nor do steps with a closure.
         sequential: how batches are evaluated, see :class:`~zokernels.Branches`.
         max_branches: most branches in one stacked evaluation, to bound its memory; None: all.
 
@@ -149,6 +157,7 @@ class MeZO(torch.optim.Optimizer):
     num_directions: int
     momentum_window: int
     clip: float | None
+    fuse_update: bool
     max_branches: int | None
     sequential: bool | None
     _model: nn.Module | None
@@ -189,6 +198,7 @@ class MeZO(torch.optim.Optimizer):
         model: nn.Module | None = None,
         mask: Mask | None = None,
         journal: Trajectory | None = None,
+        fuse_update: bool = False,
         sequential: bool | None = None,
         max_branches: int | None = None,
     ) -> None:
@@ -205,6 +215,9 @@ class MeZO(torch.optim.Optimizer):
         if sequential is not None and not isinstance(sequential, bool):
             raise TypeError(f"sequential must be True, False or None; got {sequential!r}")
         self.sequential = sequential
+        if not isinstance(fuse_update, bool):
+            raise TypeError(f"fuse_update must be True or False; got {fuse_update!r}")
+        self.fuse_update = fuse_update
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an integer; got {seed!r}")
         self.seed = signed_seed(int(seed))
@@ -266,6 +279,12 @@ class MeZO(torch.optim.Optimizer):
         self._journal = journal
         self._announced = self._groups
 
+    def flush(self) -> None:
+        """Make the update that waits for the next step (``fuse_update=True``), if there is one."""
+        bound = self.__dict__.get("_bound")
+        if isinstance(bound, Binding):
+            bound.pending.make()
+
     # --- parameter groups -------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -293,6 +312,7 @@ class MeZO(torch.optim.Optimizer):
     def _bind(self) -> None:
         """Bind the parameters that require a gradient now."""
         self._settle()  # what is pending was made with the groups of its time
+        self.flush()
         flags = self._requires_grad()
         names = [
             [n for n, moves in zip(group["param_names"], row, strict=True) if moves]
@@ -500,11 +520,16 @@ class MeZO(torch.optim.Optimizer):
         )
 
     def _update_on_device(
-        self, losses: Tensor, inputs: Inputs, rates: tuple[Rates, ...] | None
+        self,
+        losses: Tensor,
+        inputs: Inputs,
+        rates: tuple[Rates, ...] | None,
+        move: Callable[..., None] | None = None,
     ) -> Tensor:
         """Make the update of these losses; the projected gradients, for later steps.
 
-        Without ``rates`` nothing is taken to be constant: the update of a graph.
+        Without ``rates`` nothing is taken to be constant: the update of a graph. ``move`` stands
+        in for :meth:`_move`.
         """
         central = self.estimator == "central"
         coeffs, decay, gradients = deferred.coefficients(
@@ -516,16 +541,41 @@ class MeZO(torch.optim.Optimizer):
                 decays = self._decay(rates[index], 1) != (1.0,)
                 moves = decays or rates[index].lr != 0
             if members and moves:
-                _targets.update_(
+                (move or self._move)(
                     members,
                     inputs.seeds,
                     coeffs[index],
                     decay[index] if decays else None,
                     inputs.ends,
-                    self.distribution,
-                    self.rounding,
                 )
         return gradients
+
+    def _move(
+        self,
+        members: list[BoundParameter],
+        seeds: Sequence[int] | Tensor,
+        coeffs: Sequence[float] | Tensor,
+        decay: Sequence[float] | Tensor | None,
+        ends: Sequence[bool] | Tensor,
+    ) -> None:
+        """Make the update of a group, or let it wait."""
+        bound = self._bound
+        if self.fuse_update and len(seeds) == 1 and isinstance(bound, Binding):
+            alike: dict[torch.device, list[BoundParameter]] = {}
+            for p in members:
+                alike.setdefault(p.tensor.device, []).append(p)
+            if all(p.masked is None for p in members):
+                for device, params in alike.items():
+                    term = PendingTerm(
+                        on(seeds, torch.int64, device),
+                        on(coeffs, torch.float32, device),
+                        None if decay is None else on(decay, torch.float32, device),
+                        self.distribution,
+                        self.rounding,
+                    )
+                    bound.pending.add(params, term)
+                return
+        _targets.update_(members, seeds, coeffs, decay, ends, self.distribution, self.rounding)
 
     def _note(
         self, seeds: tuple[int, ...], rates: tuple[Rates, ...], losses: Tensor, gradients: Tensor
@@ -598,7 +648,21 @@ class MeZO(torch.optim.Optimizer):
         seeds: tuple[int, ...] | Tensor,
         sequential: bool | None,
     ) -> Tensor:
-        """Losses of all branches, meaned over the functions: float32 ``[G]``."""
+        """Losses of all branches, meaned over the functions: float32 ``[G]``.
+
+        Makes the update that is pending.
+        """
+        if isinstance(self._bound, Binding):
+            with self._bound.pending.open():
+                return self._probe(functions, seeds, sequential)
+        return self._probe(functions, seeds, sequential)
+
+    def _probe(
+        self,
+        functions: Sequence[Callable[[], Tensor]],
+        seeds: tuple[int, ...] | Tensor,
+        sequential: bool | None,
+    ) -> Tensor:
         sizes = {p.name: float(g["eps"]) for p, g in self._members()}
         common = len(set(sizes.values())) == 1
         eps = next(iter(sizes.values())) if common else 1.0
@@ -767,15 +831,7 @@ class MeZO(torch.optim.Optimizer):
             for index, members in enumerate(self._groups):
                 factors = decay[index] if decay and any(d != 1.0 for d in decay[index]) else None
                 if members and not _targets.idle(coeffs[index], factors):
-                    _targets.update_(
-                        members,
-                        seeds,
-                        coeffs[index],
-                        factors,
-                        ends,
-                        self.distribution,
-                        self.rounding,
-                    )
+                    self._move(members, seeds, coeffs[index], factors, ends)
         except BaseException:
             if journal is not None:
                 journal.undo()
@@ -792,6 +848,7 @@ class MeZO(torch.optim.Optimizer):
         the masked elements (tensors).
         """
         self._settle()
+        self.flush()
         handle = self.register_state_dict_post_hook(_add_state, prepend=True)
         try:
             return super().state_dict()
@@ -807,6 +864,7 @@ class MeZO(torch.optim.Optimizer):
             UnknownVersionError: a format or noise contract version this package does not know.
         """
         self._settle()
+        self.flush()
         handle = self.register_load_state_dict_pre_hook(_accept_state)
         try:
             super().load_state_dict(state_dict)
@@ -868,6 +926,7 @@ class MeZO(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # The binding is made again: it belongs to this model object.
         self._settle()
+        self.flush()
         kept = {name: self.__dict__[name] for name in _KEPT}
         return super().__getstate__() | kept | {"_incoming": {"_shadow": self._shadows()}}
 
@@ -876,6 +935,7 @@ class MeZO(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_given", None)
         self.__dict__.setdefault("_mask", None)
+        self.__dict__.setdefault("fuse_update", False)
         self._pending, self._settling, self._tables = [], False, {}
         incoming = dict(self.__dict__.get("_incoming") or {})
         shadow: Mapping[str, Tensor] = incoming.pop("_shadow", {})
@@ -905,6 +965,7 @@ _COUNTERS = ("_step", "_skipped", "_window")
 _KEPT = (
     *_OPTIONS,
     *_COUNTERS,
+    "fuse_update",
     "sequential",
     "max_branches",
     "_model",

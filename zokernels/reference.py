@@ -197,6 +197,28 @@ def linear(
     return torch.stack(ys)
 
 
+def update_linear_(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    pending_seeds: Tensor,
+    pending_coeffs: Tensor,
+    pending_decay: Tensor | None,
+    rounding: str,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    place = ([param_id], [row_offset], [col_offset], distribution)
+    update_([w], pending_seeds, pending_coeffs, pending_decay, None, *place, rounding)
+    region = (param_id, row_offset, col_offset, distribution)
+    return linear(x, w, bias, seeds, coeffs, *region, shared, False)
+
+
 def embedding(
     ids: Tensor,
     w: Tensor,
@@ -425,6 +447,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "update_": update_,
     "project": project,
     "linear": linear,
+    "update_linear_": update_linear_,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
     "sparse_displace": sparse_displace,

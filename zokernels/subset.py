@@ -106,7 +106,8 @@ def fp32(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(array("f", [float(v) for v in values]))
 
 
-def _on(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def on(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device."""
     held = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
     return placed(held, device)
 
@@ -116,7 +117,7 @@ def update_(
     seeds: Sequence[int] | Tensor,
     coeffs: Sequence[float] | Tensor,
     decay: Sequence[float] | Tensor | None,
-    ends: Sequence[bool] | Tensor,
+    ends: Sequence[bool] | Tensor | None,
     distribution: str,
     rounding: str,
 ) -> None:
@@ -127,8 +128,8 @@ def update_(
         seeds: K signed 64-bit seeds.
         coeffs: K coefficients, rounded to float32.
         decay: K factors applied to the weight before each term, or None for 1.
-        ends: K flags: round to the parameter's dtype after this term. The last must be True. Of no
-            consequence for masked parameters, which are trained in float32.
+        ends: K flags: round to the parameter's dtype after this term. The last must be True. None:
+            after every term. Of no consequence for masked parameters, which are trained in float32.
         distribution: ``"gaussian"`` or ``"rademacher"``.
         rounding: ``"nearest"`` or ``"stochastic"``; of no consequence for masked parameters.
 
@@ -141,9 +142,9 @@ def update_(
         for (device, sparse), members in alike.items():
             tensors = [p.tensor for p in members]
             ids = [p.id for p in members]
-            keys = _on(seeds, torch.int64, device)
-            values = _on(coeffs, torch.float32, device)
-            factors = None if decay is None else _on(decay, torch.float32, device)
+            keys = on(seeds, torch.int64, device)
+            values = on(coeffs, torch.float32, device)
+            factors = None if decay is None else on(decay, torch.float32, device)
             if sparse:
                 masked = [p.masked for p in members if p.masked is not None]
                 torch.ops.zokernels.sparse_update_(
@@ -162,7 +163,7 @@ def update_(
                 keys,
                 values,
                 factors,
-                _on(ends, torch.bool, device),
+                None if ends is None else on(ends, torch.bool, device),
                 ids,
                 [],
                 [],

@@ -104,19 +104,12 @@ void update_(std::vector<Tensor> params, Tensor seeds, Tensor coeffs, std::optio
              std::vector<int64_t> row_offsets, std::vector<int64_t> col_offsets,
              int64_t distribution, int64_t rounding) {
   const Kernels& k = kernels();
-  const SeedKeys keys(seeds);
-  if (keys.keys.empty()) return;
-  const std::vector<float> c = read_vector<float>(coeffs);
-  const std::vector<float> d = decay ? read_vector<float>(*decay) : std::vector<float>();
-  std::vector<unsigned char> e =
-      ends ? read_vector<unsigned char>(*ends) : std::vector<unsigned char>();
-  if (!e.empty()) e.back() = 1;  // the last term always ends
-  const UpdateArgs args{keys.terms(), c.data(), decay ? d.data() : nullptr,
-                        ends ? e.data() : nullptr, static_cast<Rounding>(rounding)};
+  const UpdateTerms terms(seeds, coeffs, decay, ends, rounding);
+  if (terms.keys.keys.empty()) return;
   const Batch batch(params, param_ids, row_offsets, col_offsets, distribution, kPiece);
   parallel_tasks(batch.count, [&](int64_t i) {
     const size_t t = batch.find(i);
-    k.update(args, batch.views[t].view, batch.places[t], batch.pieces[t].at(i));
+    k.update(terms.args, batch.views[t].view, batch.places[t], batch.pieces[t].at(i));
   });
 }
 
@@ -218,6 +211,10 @@ STABLE_TORCH_LIBRARY(zokernels_cpp, m) {
       "linear(Tensor x, Tensor w, Tensor? bias, Tensor seeds, Tensor coeffs, int param_id, "
       "int row_offset, int col_offset, int distribution, bool shared, bool transposed) -> Tensor");
   m.def(
+      "update_linear_(Tensor x, Tensor(a!) w, Tensor? bias, Tensor seeds, Tensor coeffs, "
+      "Tensor pending_seeds, Tensor pending_coeffs, Tensor? pending_decay, int rounding, "
+      "int param_id, int row_offset, int col_offset, int distribution, bool shared) -> Tensor");
+  m.def(
       "embedding(Tensor ids, Tensor w, Tensor seeds, Tensor coeffs, int param_id, int row_offset, "
       "int col_offset, int distribution, bool shared) -> Tensor");
   m.def(
@@ -235,6 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(zokernels_cpp, CompositeImplicitAutograd, m) {
   m.impl("update_", TORCH_BOX(&zk::update_));
   m.impl("project", TORCH_BOX(&zk::project));
   m.impl("linear", TORCH_BOX(&zk::linear));
+  m.impl("update_linear_", TORCH_BOX(&zk::update_linear_));
   m.impl("embedding", TORCH_BOX(&zk::embedding));
   m.impl("linear_cross_entropy", TORCH_BOX(&zk::linear_cross_entropy));
 }

@@ -100,6 +100,7 @@ struct ProductArgs {
   int64_t tokens = 0;
   int64_t fill = kMicroRows;     // rows displaced at a time, a multiple of kMicroRows
   const Micro* micro = nullptr;  // by number of vectors; null: float32
+  const UpdateArgs* update = nullptr;  // made of the weights, in place, before they are displaced
 
   int64_t packed_words() const {
     const bool pairs = weights.out_dtype == DType::bf16;

@@ -123,6 +123,7 @@ void product(const ProductArgs& a, int64_t begin, int64_t end, void* scratch, fl
     const int64_t branch = a.fill * stride;
     for (int64_t r = begin; r < end; r += a.fill) {
       const int64_t n = smaller(a.fill, end - r), rows = micro_rows(n);
+      if (a.update) update(*a.update, d.w, d.place, {r, r + n, k, k + count});
       displace(d, {r, r + n, k, k + count}, scratch, stride, branch);
       prefetch_rows(d.w, {r + n, smaller(r + 2 * n, d.w.rows), k, k + count});
       for (int64_t g = 0; g < d.branches; ++g) {

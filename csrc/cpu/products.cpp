@@ -128,7 +128,8 @@ struct Product {
   ProductArgs fused() const {
     const Kernels& k = kernels();
     ProductArgs args{weights, nullptr,   shared,
-                     tokens,  plan.fill, compute == DType::bf16 ? pair_micro() : nullptr};
+                     tokens,  plan.fill, compute == DType::bf16 ? pair_micro() : nullptr,
+                     update};
     const int64_t words = args.packed_words(), copies = shared ? 1 : branches;
     auto* packed = reinterpret_cast<float*>(
         packed_x.get(static_cast<size_t>(std::max<int64_t>(1, copies * words)) * sizeof(float)));
@@ -157,6 +158,11 @@ struct Product {
                 std::min(step, count - begin));
     });
     x_data = reinterpret_cast<char*>(wide_x.get());
+  }
+
+  // Updates outputs [begin, end), if there is an update.
+  void renew(const Kernels& k, int64_t begin, int64_t end) const {
+    if (update) k.update(*update, view.view, weights.place, region(begin, end));
   }
 
   // Displaces outputs [begin, end) of all branches into `to`.
@@ -188,6 +194,7 @@ struct Product {
   DType bias_dtype = DType::f32;
   char* x_data = nullptr;
   std::unique_ptr<float[]> wide_x;
+  const UpdateArgs* update = nullptr;  // made once of every weight, just before it is displaced
 };
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -216,6 +223,12 @@ void linear_tiles(Product& p, char* y) {
   p.widen_x();
   const Plan& plan = p.plan;
   const int64_t size = dtype_size(p.dtype), compute_size = dtype_size(p.compute);
+  // Several tasks displace the same outputs where tokens are cut into blocks.
+  const bool apart = plan.blocks > 1;
+  const auto renew = [&](int64_t tile) {
+    p.renew(k, tile * plan.rows, std::min(p.fan_out, (tile + 1) * plan.rows));
+  };
+  if (apart && p.update) parallel_tasks(plan.row_tiles, renew);
   parallel_tasks(plan.row_tiles * plan.blocks, [&](int64_t i) {
     const TrimScratch trim;
     const int64_t begin = i % plan.row_tiles * plan.rows;
@@ -227,6 +240,7 @@ void linear_tiles(Product& p, char* y) {
     const int64_t block = wide ? std::min(last - first, kTokenBlock) : last - first;
     char* memory =
         scratch.get(static_cast<size_t>(tile_size + (wide ? block * n * compute_size : 0)));
+    if (!apart) p.renew(k, begin, end);
     p.displace(k, begin, end, memory);
     for (int64_t g = 0; g < p.branches; ++g) {
       const Blob factor = p.factor(memory, g, n);
@@ -385,19 +399,41 @@ Plan plan_product(int64_t fan_in, int64_t fan_out, int64_t tokens, int64_t branc
                     transposed, threads);
 }
 
-Tensor linear(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
-              int64_t param_id, int64_t row_offset, int64_t col_offset, int64_t distribution,
-              bool shared, bool transposed) {
-  Product p(x, w, bias, seeds, coeffs, place_of(param_id, row_offset, col_offset, distribution),
-            shared, transposed);
+namespace {
+
+Tensor run(Product& p) {
   Tensor y = new_tensor({p.branches, p.tokens, p.fan_out}, p.dtype);
-  if (p.branches == 0 || p.tokens == 0 || p.fan_out == 0) return y;
+  if (p.branches == 0 || p.tokens == 0 || p.fan_out == 0) {
+    p.renew(kernels(), 0, p.fan_out);
+    return y;
+  }
   auto* data = static_cast<char*>(y.data_ptr());
   if (p.plan.fused)
     linear_fused(p, data);
   else
     linear_tiles(p, data);
   return y;
+}
+
+}  // namespace
+
+Tensor linear(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
+              int64_t param_id, int64_t row_offset, int64_t col_offset, int64_t distribution,
+              bool shared, bool transposed) {
+  Product p(x, w, bias, seeds, coeffs, place_of(param_id, row_offset, col_offset, distribution),
+            shared, transposed);
+  return run(p);
+}
+
+Tensor update_linear_(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
+                      Tensor pending_seeds, Tensor pending_coeffs,
+                      std::optional<Tensor> pending_decay, int64_t rounding, int64_t param_id,
+                      int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared) {
+  const UpdateTerms last(pending_seeds, pending_coeffs, pending_decay, std::nullopt, rounding);
+  Product p(x, w, bias, seeds, coeffs, place_of(param_id, row_offset, col_offset, distribution),
+            shared, false);
+  if (!last.keys.keys.empty()) p.update = &last.args;
+  return run(p);
 }
 
 Tensor linear_cross_entropy(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor targets,

@@ -38,6 +38,11 @@ Tensor linear(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tens
               int64_t param_id, int64_t row_offset, int64_t col_offset, int64_t distribution,
               bool shared, bool transposed);
 
+Tensor update_linear_(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds, Tensor coeffs,
+                      Tensor pending_seeds, Tensor pending_coeffs,
+                      std::optional<Tensor> pending_decay, int64_t rounding, int64_t param_id,
+                      int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared);
+
 Tensor linear_cross_entropy(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor targets,
                             Tensor seeds, Tensor coeffs, int64_t param_id, int64_t row_offset,
                             int64_t col_offset, int64_t distribution, bool shared,

@@ -81,6 +81,25 @@ struct SeedKeys {
   std::vector<PhiloxKeys> keys;
 };
 
+// The terms of an update, copied from its tensors.
+struct UpdateTerms {
+  UpdateTerms(const Tensor& seeds, const Tensor& coeffs, const std::optional<Tensor>& decay,
+              const std::optional<Tensor>& ends, int64_t rounding)
+      : keys(seeds),
+        c(read_vector<float>(coeffs)),
+        d(decay ? read_vector<float>(*decay) : std::vector<float>()),
+        e(ends ? read_vector<unsigned char>(*ends) : std::vector<unsigned char>()) {
+    if (!e.empty()) e.back() = 1;  // the last term always ends
+    args = {keys.terms(), c.data(), decay ? d.data() : nullptr, ends ? e.data() : nullptr,
+            static_cast<Rounding>(rounding)};
+  }
+  UpdateTerms(const UpdateTerms&) = delete;
+  SeedKeys keys;
+  std::vector<float> c, d;
+  std::vector<unsigned char> e;
+  UpdateArgs args;
+};
+
 // A tensor as the contract's matrix. Leading dimensions that follow each other in memory are
 // merged.
 struct ViewOf {

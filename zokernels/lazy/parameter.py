@@ -25,6 +25,8 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
+from zokernels.pending import PendingTerm, PendingUpdate
+
 # Parameters of at most this many elements (norm weights, biases, small tables) are displaced in
 # float32 whatever their dtype: eps * z is below one bfloat16 ulp of a norm weight near 1.
 SMALL = 1 << 16
@@ -75,6 +77,11 @@ class State:
         self._formed: dict[str, Tensor] | None = None
         self._terms: dict[tuple[torch.device, Scale], tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
+        self._pending: PendingUpdate | None = None
+        # Parameters that the last evaluation, and this one, read first by a product that could
+        # have updated them.
+        self._fusable: set[str] = set()
+        self._seen: set[str] = set()
 
     def begin(
         self,
@@ -82,7 +89,15 @@ class State:
         coeffs: Tensor,
         scale: Mapping[str, Scale],
         distribution: str,
+        pending: PendingUpdate | None = None,
     ) -> None:
+        """Start an evaluation; ``pending``: an update that it makes as it reads the weights."""
+        self._fusable, self._seen = self._seen, set()
+        self._pending = None
+        if pending:
+            # One launch for all that no product will take.
+            pending.make(but=self._fusable if pending.fuses else ())
+            self._pending = pending
         self.seeds, self.coeffs, self.scale = seeds, coeffs, scale
         self.distribution = distribution
         self.touched = set()
@@ -90,7 +105,7 @@ class State:
         self.low_precision = False
 
     def end(self) -> None:
-        self.seeds = self.coeffs = self.level = None
+        self.seeds = self.coeffs = self.level = self._pending = None
         self._terms.clear()
         self._formed = None
         self._kept.clear()
@@ -107,8 +122,16 @@ class State:
                 f"parameter {name!r} is a displaced view that was kept after its evaluation ended: "
                 f"do not store parameters inside the evaluated function"
             )
+        if self._pending is not None and name in self._pending:
+            self._pending.make({name})
         self.touched.add(name)
         return self._scaled_terms(device, self.scale.get(name, 1.0))
+
+    def take_pending(self, name: str) -> PendingTerm | None:
+        """What a product of a whole matrix has to apply to it first; asked before ``terms``."""
+        if name not in self.touched:
+            self._seen.add(name)
+        return None if self._pending is None else self._pending.take(name)
 
     def _scaled_terms(self, device: torch.device, scale: Scale) -> tuple[Tensor, Tensor]:
         assert self.seeds is not None and self.coeffs is not None
@@ -185,6 +208,7 @@ class LazyParameter(Tensor):
     transposed: bool
     views: dict[object, LazyParameter]
     whole_vector = False  # one of state.vectors
+    whole_matrix = False  # a matrix, and the parameter's own memory
 
     @staticmethod
     def __new__(
@@ -286,20 +310,20 @@ class LazyParameter(Tensor):
             shared: all branches have the same ``x``.
             flip: in addition to the view's own transposition.
         """
+        transposed = self.transposed ^ flip
+        term = None
+        if not transposed and self.whole_matrix:
+            term = self.state.take_pending(self.parameter)
         seeds, coeffs = self.state.terms(self.parameter, self.matrix.device)
-        y: Tensor = _ops.linear(
-            x,
-            self.matrix,
-            bias if bias is None or bias.dim() == 2 else bias.expand(coeffs.shape[0], -1),
-            seeds,
-            coeffs,
-            self.param_id,
-            self.row_offset,
-            0,
-            self.state.distribution,
-            shared,
-            self.transposed ^ flip,
-        )
+        if bias is not None and bias.dim() == 1:
+            bias = bias.expand(coeffs.shape[0], -1)
+        place = (self.param_id, self.row_offset, 0, self.state.distribution)
+        y: Tensor
+        if term is None:
+            y = _ops.linear(x, self.matrix, bias, seeds, coeffs, *place, shared, transposed)
+        else:
+            last = (term.seed, term.coeff, term.decay, term.rounding)
+            y = _ops.update_linear_(x, self.matrix, bias, seeds, coeffs, *last, *place, shared)
         return y
 
     def lookup(self, ids: Tensor, shared: bool) -> Tensor:

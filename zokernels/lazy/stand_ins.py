@@ -41,6 +41,7 @@ class Lazy:
             if self._layouts.get(p.name) != layout:
                 lazy = self.params[p.name] = lazy_parameter(self.state, p)
                 shares = lazy.matrix.data_ptr() == layout[0]
+                lazy.whole_matrix = shares and p.tensor.dim() == 2
                 self._layouts[p.name] = layout if shares else None
                 renewed = True
         if renewed:
