@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from bench import breakdown, drift, fidelity, harness, models, peak, precision, sparse, step
+from bench import breakdown, drift, fidelity, fused, harness, models, peak, precision, sparse, step
 from bench.peers import torchzero_peer
 from bench.peers.mezo import VARIANTS, MeZOLoop
 
@@ -305,6 +305,16 @@ def test_step_end_to_end(tmp_path: Path):
     assert path.with_suffix(".png").stat().st_size > 1000
     run(step.app, *arguments, "--dtype", "fp32", "--torchzero-size", "")
     assert len(harness.read_rows(path)) == len(rows)
+
+
+def test_fused_update_end_to_end(tmp_path: Path):
+    arguments = ("--model", "tiny-opt", "--size", "1x16", "--rounds", 2, "--steps", 3)
+    run(fused.app, *arguments, "--results", tmp_path)
+    (path,) = tmp_path.rglob("fused.csv")
+    rows = harness.read_rows(path)
+    assert len(rows) == 2 * 2 * 2
+    assert all(float(r["vs_apart"]) == 1.0 for r in rows if r["case"] == fused.APART)
+    assert all(float(r["ms"]) > 0 for r in rows)
 
 
 def test_step_refuses_bad_names():
