@@ -81,6 +81,7 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
         ["--rounds", "0"],
         ["--architecture", "7"],
         ["--ops-only", "--steps-only"],
+        ["--op", "conv"],
     ],
 )
 def test_bad_arguments(arguments: list[str]) -> None:
@@ -144,7 +145,8 @@ def test_a_rehearsal_times_every_step(rehearsed: Path) -> None:
     backends = machine.Rehearsal().backends()
     for b, t in SMALL.batches:
         found = {(r["case"], r["backend"]): r for r in rows if r["batch"] == str(b)}
-        ours = {(case, n) for case in (steps.STEP, steps.STEP_GRAPH) for n in backends}
+        kinds = (steps.STEP, steps.STEP_GRAPH)
+        ours = {(case + kind, n) for case in kinds for kind in ("", steps.MASKED) for n in backends}
         others = {(c, "torch") for c in (steps.FORWARDS, steps.FORWARDS_GRAPH, *steps.MEZO)}
         assert set(found) == ours | others, (b, t)
         assert float(found[steps.STEP, "cpp"]["peak_vs_stacked_forward"]) > 0
@@ -397,6 +399,29 @@ def test_what_there_is_no_time_for_is_named(
     assert labels <= {text.removesuffix(" (budget)") for text in s.left_out}
 
 
+def test_only_what_is_missing_is_timed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ZOKERNELS_GPU", raising=False)
+    todo = [("tiny-opt", (1, 4))]
+    what = {"only": ("project",), "missing": True}
+    first = told(tmp_path, **what)
+    first.everything(todo, with_ops=True, with_steps=True)
+    assert {r["op"] for r in first.op_rows} == {"project"} and first.step_rows
+    again = told(tmp_path, **{**what, "only": ("project", "embedding")})
+    again.everything([*todo, ("tiny-opt", (2, 4))], with_ops=True, with_steps=True)
+    assert {r["op"] for r in again.op_rows} == {"embedding"}
+    assert {(r["batch"], r["length"]) for r in again.step_rows} == {(2, 4)}
+    rows = rows_of(tmp_path, "gpu_ops")
+    assert {r["op"] for r in rows} == {"project", "embedding"}
+    # With other plans it is another measurement.
+    monkeypatch.setenv("ZOKERNELS_GPU", "crossover=0")
+    other = told(tmp_path, **what)
+    other.everything([], with_ops=True, with_steps=False)
+    assert len(other.op_rows) == len(first.op_rows)
+    assert len(rows_of(tmp_path, "gpu_ops")) == len(rows) + len(other.op_rows)
+
+
 def test_one_failure_takes_nothing_else_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +489,20 @@ def test_mezos_plain_spelling_leaves_the_weights_where_graphs_expect_them(
     assert "second set of weights" in short.left_out[0]
 
 
+def test_a_backend_whose_step_fails_is_left_out_of_that_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = _registry.backends()["reference"].kernels
+    monkeypatch.delitem(kernels, "update_")
+    monkeypatch.delitem(kernels, "sparse_update_")
+    monkeypatch.setattr(_registry.backends()["reference"], "table", {})
+    s = told(tmp_path)
+    s.checked = {"cpp": "conformance", "reference": "conformance"}
+    s.time_steps([("tiny-opt", (1, 4))])
+    assert {r["backend"] for r in s.step_rows} == {"cpp", "torch"}
+    assert len(s.failed) == 1 and "does not serve 'update_'" in s.failed[0]
+
+
 def test_a_graph_that_cannot_be_recorded_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.build("tiny-opt", "bf16")
     batch = models.random_batch(model, 1, 4)
@@ -477,7 +516,8 @@ def test_a_graph_that_cannot_be_recorded_is_left_out(monkeypatch: pytest.MonkeyP
     found = steps.cases(here, model, batch, ["cpp"])
     assert {case for case, _ in found.names.values()} == {steps.FORWARDS, steps.STEP, *steps.MEZO}
     assert len(found.left_out) == 2 and "not permitted" in found.left_out[0]
-    memory = steps.peaks(here, model, batch, ["cpp"])
+    memory, failed = steps.peaks(here, model, batch, ["cpp"])
+    assert not failed
     timings = harness.interleave(found.runs, rounds=1, min_rounds=1, after=found.after)
     rows = steps.rows({"model": "m"}, found.names, timings, steps.weight_bytes(model), memory)
     assert {r["against"] for r in rows} == {steps.FORWARDS}
@@ -603,7 +643,7 @@ def test_a_suite_that_runs_nothing_or_too_long_is_no_pass(suite: Callable[[str],
     assert checks.conformance("nobody", "gpu", 200.0).state == "failed"
     suite("time.sleep(600)")
     slow = checks.conformance("reference", "gpu", 12.0)
-    assert slow.state == "no time" and slow.seconds < 60
+    assert slow.state == "no time" and slow.detail == "not done after 12 s"
 
 
 def test_conformance_without_pytest_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

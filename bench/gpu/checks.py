@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu.machine import setting
 from bench.harness import ROOT, cores
 
 SUITES = ("tests/test_conformance.py", "tests/test_sparse_conformance.py")
@@ -77,16 +78,18 @@ def run(
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     given = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
     begin = time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, env=given, start_new_session=True) as child:
-        try:
-            status: int | None = child.wait(timeout=max(limit, 1))
-        except BaseException as error:
+    child = subprocess.Popen(command, cwd=ROOT, env=given, start_new_session=True)
+    status: int | None = None
+    try:
+        status = child.wait(timeout=max(limit, 1))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            status = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=20)  # a driver may hold it for longer
     return status, time.perf_counter() - begin
 
 
@@ -99,18 +102,20 @@ def architecture_option(capability: tuple[int, int]) -> str:
     return next((k for k in known if re.sub("[a-z]", "", k) == number), number)
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler."""
+def _program(name: str) -> str | None:
+    """A program on the path, beside this interpreter, or of the CUDA toolkit."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    places = (name, str(Path(sys.executable).with_name(name)), f"{home}/bin/{name}")
+    return next(filter(None, map(shutil.which, places)), None)
 
 
 def build_cuda(capability: tuple[int, int], limit: float, output: Path = LIBRARY) -> Check:
     """Build ``csrc/cuda`` for one architecture, and put the library next to the package."""
     what = f"build for {architecture_option(capability)}"
-    compiler, cmake = nvcc(), shutil.which("cmake")
+    compiler, cmake = _program("nvcc"), _program("cmake")
     if compiler is None or cmake is None:
         return Check(what, "not run", "nvcc is missing" if cmake else "cmake is missing")
+    ninja = _program("ninja")
     folder = BUILD / f"gpu-{architecture_option(capability)}"
     configure = [
         *(cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"),
@@ -119,6 +124,7 @@ def build_cuda(capability: tuple[int, int], limit: float, output: Path = LIBRARY
         f"-DZOKERNELS_TORCH_DIR={Path(torch.__file__).parent}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_CUDA_COMPILER={compiler}",
+        *(("-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
     ]
     spent = 0.0
     for command in (configure, [cmake, "--build", str(folder), "--parallel", str(cores())]):
@@ -141,7 +147,8 @@ def _digest(backend: str, device: str) -> str:
     if backend == "cuda":
         files += [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
         files += [LIBRARY] if LIBRARY.is_file() else []
-    found = hashlib.sha256(f"{backend}\0{device}\0{torch.__version__}".encode())
+    given = (backend, device, torch.__version__, setting())
+    found = hashlib.sha256("\0".join(given).encode())
     for path in sorted(files):
         found.update(f"\0{path.relative_to(ROOT)}\0".encode())
         found.update(path.read_bytes())
@@ -193,9 +200,10 @@ def conformance(backend: str, device: str, limit: float, *, keep: bool = True) -
     if status != 0 or counts["passed"] == 0:
         return Check(what, "failed", _text(counts), seconds)
     if keep:
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
         kept = {**_kept(), backend: f"{digest} {_text(counts)}"}
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        with contextlib.suppress(OSError):  # a checkout that cannot be written to
+            KEPT.parent.mkdir(parents=True, exist_ok=True)
+            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
     return Check(what, "passed", _text(counts), seconds)
 
 
@@ -215,16 +223,10 @@ def _text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {state}" for state, n in counts.items())
 
 
-def sanitizer() -> str | None:
-    """The compute-sanitizer, if it is installed."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
-
-
 def sanitize(backend: str, tool: str, limit: float) -> Check:
     """A small part of the suites under compute-sanitizer."""
     what = f"{tool} of {backend}"
-    found = sanitizer()
+    found = _program("compute-sanitizer")
     if found is None:
         return Check(what, "not run", "compute-sanitizer is not installed")
     if absent := missing():

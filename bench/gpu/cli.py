@@ -35,6 +35,7 @@ def main(
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 540.0,
     rounds: Annotated[int, typer.Option(help="Most rounds of a step.")] = 5,
     backend: Annotated[str, typer.Option(help="Backends, comma separated; all by default.")] = "",
+    op: Annotated[str, typer.Option(help="Ops, comma separated; all by default.")] = "",
     build_cuda: Annotated[
         bool, typer.Option("--build-cuda", help="Build csrc/cuda for this GPU first.")
     ] = False,
@@ -49,6 +50,9 @@ def main(
     ] = False,
     ops_only: Annotated[bool, typer.Option("--ops-only", help="Leave out steps.")] = False,
     steps_only: Annotated[bool, typer.Option("--steps-only", help="Leave out ops.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Leave out what the results already hold.")
+    ] = False,
     write_choice: Annotated[
         bool,
         typer.Option(
@@ -73,6 +77,9 @@ def main(
         raise typer.BadParameter(f"rounds must be at least 1; got {rounds}")
     if ops_only and steps_only:
         raise typer.BadParameter("--ops-only and --steps-only leave nothing")
+    only = tuple(harness.listed(op))
+    if unknown := [name for name in only if name not in _ops.SCHEMAS]:
+        raise typer.BadParameter(f"op must be among {sorted(_ops.SCHEMAS)}; got {unknown}")
     todo = _todo(model, size, architecture)
     if dry_run:
         _describe(todo, budget, architecture)
@@ -103,21 +110,24 @@ def main(
         if unchecked:
             checked[name] = "no"
             continue
-        until = (1 - share) * budget
-        limit = (left() - until) / (len(asked) - i)
+        limit = (left() - (1 - share) * budget) / (len(asked) - i)
         made.append(_said(checks.conformance(name, machine.name, limit)))
         if made[-1].passed:
             checked[name] = "conformance"
     if sanitize:
-        for name in checked:
-            for tool in checks.TOOLS:
-                made.append(_said(checks.sanitize(name, tool, min(240.0, left() - 5))))
+        # The compiled backend first: its memory accesses are our own.
+        jobs = [(name, tool) for name in reversed(checked) for tool in checks.TOOLS]
+        for i, (name, tool) in enumerate(jobs):
+            limit = (left() - (1 - share) * budget - 5) / (len(jobs) - i)
+            made.append(_said(checks.sanitize(name, tool, limit)))
     bad = [check for check in made if check.state in ("failed", "no time")]
     if not check_only and checked:
         notes: harness.Row = {"checks": [str(check) for check in made]}
-        session = Session(machine, FULL, checked, budget, results, rounds, notes, begin)
+        session = Session(
+            *(machine, FULL, checked, budget, results, rounds, notes, only, missing, begin)
+        )
         session.everything(todo, with_ops=not steps_only, with_steps=not ops_only)
-        _finish(session, results, write_choice)
+        _finish(session, write_choice)
         bad += [Check(text, "failed", "") for text in session.failed]
     elif not check_only:
         console.print("[red]no backend passed: no numbers (--unchecked takes them all the same)")
@@ -169,19 +179,19 @@ def _backends(text: str, machine: Machine) -> list[str]:
     return [name for name in there if name in asked]
 
 
-def _finish(session: Session, results: Path | None, write_choice: bool) -> None:
+def _finish(session: Session, write_choice: bool) -> None:
     for line in summary(session.op_rows, session.step_rows):
         console.print(line, markup=False)
-    for found in session.comparisons():
+    compared = session.comparisons()
+    for found in compared:
         console.print(
             f"{found.op}: {found.first} takes {found.ratio:.3f} of {found.other}'s time in "
             f"{found.cases} cases, spread {found.spread:.3f}: {found.winner or 'neither'}"
         )
     allowed = {"ops": _ops.SCHEMAS, "names": _registry.choosable()}
-    if len(session.checked) > 1 and session.op_rows:
+    if compared:
         proposed = session.proposal(_choice.read(_choice.FILE, **allowed))
-        folder = (results or harness.RESULTS) / harness.device_slug(session.machine.device)
-        _choice.write(folder / "gpu_choice.json", proposed)
+        _choice.write(session.folder / "gpu_choice.json", proposed)
         if write_choice:
             _choice.write(_choice.FILE, proposed)
     for title, lines in (("left out", session.left_out), ("failed", session.failed)):
@@ -196,10 +206,11 @@ def _rehearse(begin: float, budget: float, results: Path | None, sizes: Sizes = 
         where = results or Path(folder)
         machine = Rehearsal()
         checked = dict.fromkeys(machine.backends(), "no")
-        session = Session(machine, sizes, checked, budget, where, 2, {"rehearsal": True}, begin)
+        notes: harness.Row = {"rehearsal": True}
+        session = Session(machine, sizes, checked, budget, where, 2, notes, begin=begin)
         todo = [(name, one) for name in sizes.models for one in sizes.batches]
         session.everything(todo, with_ops=True, with_steps=True)
-        _finish(session, where, write_choice=False)
+        _finish(session, write_choice=False)
         console.print(
             "a rehearsal at tiny shapes on this CPU: none of these numbers says anything about a "
             "GPU" + ("" if results else "; its files are deleted")

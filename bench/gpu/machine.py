@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import shutil
 import subprocess
 import time
@@ -224,6 +225,11 @@ def _same_stream() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_stream(stream)
+
+
+def setting() -> str:
+    """``ZOKERNELS_GPU``: what of the plans is overridden. Part of a row's key."""
+    return os.environ.get("ZOKERNELS_GPU", "")
 
 
 def _triton() -> str | None:

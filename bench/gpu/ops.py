@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 import zokernels as zo
 from bench import harness, models
 from bench.gpu.floors import Floors
+from bench.gpu.machine import setting
 from bench.gpu.sizes import Shape, Sizes
 from zokernels import _ops
 
-KEY = ("op", "case", "dtype", "distribution", "shape", "backend")
+KEY = ("op", "case", "dtype", "distribution", "shape", "backend", "setting")
 GAUSSIAN, RADEMACHER = zo.noise.DISTRIBUTIONS
 MIXES = (("bf16", GAUSSIAN), ("fp32", GAUSSIAN), ("bf16", RADEMACHER), ("fp32", RADEMACHER))
 EPS = 1e-3
@@ -49,6 +50,11 @@ class OpCase:
         """One line."""
         return f"{self.op} {self.case}, {self.dtype} {self.distribution} {self.shape}"
 
+    def key(self, backend: str) -> tuple[str, ...]:
+        """What identifies its row."""
+        mine = (self.op, self.case, self.dtype, self.distribution, self.shape)
+        return (*mine, backend, setting())
+
     def row(self, backend: str, milliseconds: harness.Stat, floors: Floors) -> harness.Row:
         """The CSV row; ``of_floor`` is the floor's share of the measured time."""
         least = floors.seconds(
@@ -60,12 +66,7 @@ class OpCase:
         seconds = milliseconds.median / 1e3
         rate = floors.noise.get(self.distribution)
         return {
-            "op": self.op,
-            "case": self.case,
-            "dtype": self.dtype,
-            "distribution": self.distribution,
-            "shape": self.shape,
-            "backend": backend,
+            **dict(zip(KEY, self.key(backend), strict=True)),
             "ms": round(milliseconds.median, 4),
             "ms_p20": round(milliseconds.low, 4),
             "ms_p80": round(milliseconds.high, 4),

@@ -33,16 +33,21 @@ def label(row: harness.Row | dict[str, str]) -> str:
     return f"{row['case']} {row['dtype']}\n{row['shape']}"
 
 
+def _served(row: dict[str, str]) -> str:
+    """The backend, and what was overridden."""
+    return f"{row['backend']} {row.get('setting') or ''}".strip()
+
+
 def plot_ops(path: Path) -> Path:
     """Share of the floor: a panel an op, a bar a backend and distribution."""
     rows = harness.read_rows(path)
     names = list(dict.fromkeys(r["op"] for r in rows))
-    series = list(dict.fromkeys((r["backend"], r["distribution"]) for r in rows))
+    series = list(dict.fromkeys((_served(r), r["distribution"]) for r in rows))
     widest = max(len({label(r) for r in rows if r["op"] == op}) for op in names)
     figure, axes = plots.panels(len(names), columns=1, width=3 + 1.1 * widest, height=2.6)
     for ax, op in zip(axes, names, strict=True):
         value = {
-            (label(r), r["backend"], r["distribution"]): float(r["of_floor"])
+            (label(r), _served(r), r["distribution"]): float(r["of_floor"])
             for r in rows
             if r["op"] == op
         }
@@ -64,16 +69,16 @@ def plot_ops(path: Path) -> Path:
 def plot_steps(path: Path) -> Path:
     """A step in two plain forwards, and its speed-up over MeZO's loop."""
     rows = harness.read_rows(path)
-    ours = [r for r in rows if r["case"] in (steps.STEP, steps.STEP_GRAPH)]
+    ours = [r for r in rows if str(r["case"]).startswith(steps.STEP)]
     labels = list(dict.fromkeys(f"{r['model']}\n{r['batch']}x{r['length']}" for r in ours))
-    series = list(dict.fromkeys((r["case"], r["backend"]) for r in ours))
+    series = list(dict.fromkeys((r["case"], _served(r)) for r in ours))
     figure, axes = plots.panels(2, columns=1, width=3 + 1.1 * len(labels))
     for ax, column, title in (
         (axes[0], "vs_two_forwards", "step / two plain forwards"),
         (axes[1], "speedup", "x faster than MeZO's loop"),
     ):
         value = {
-            (f"{r['model']}\n{r['batch']}x{r['length']}", r["case"], r["backend"]): float(r[column])
+            (f"{r['model']}\n{r['batch']}x{r['length']}", r["case"], _served(r)): float(r[column])
             for r in ours
         }
         bars = {
@@ -116,7 +121,7 @@ def summary(op_rows: Sequence[harness.Row], step_rows: Sequence[harness.Row]) ->
         elif str(row["case"]).endswith("seeds") and row["of_generator"] != "":
             found.append(f"{what}: {row['of_generator']} of the bare generator")
     for row in step_rows:
-        if row["case"] in (steps.STEP, steps.STEP_GRAPH):
+        if str(row["case"]).startswith(steps.STEP):
             line = (
                 f"{row['backend']}: {row['model']} {row['batch']}x{row['length']}, {row['case']}: "
                 f"{row['vs_two_forwards']} of {row['against']}, "

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bench import harness, models
 from bench.gpu import choice, floors, ops, report, steps
-from bench.gpu.machine import Machine
+from bench.gpu.machine import Machine, setting
 from bench.gpu.sizes import Shape, Sizes
 from zokernels import _choice, _registry
 
@@ -39,6 +39,8 @@ class Session:
         results: folder instead of ``bench/results``.
         rounds: most rounds of a step.
         notes: further entries of the JSON files.
+        only: ops to time; none: all.
+        missing: leave out what the results already hold.
         left_out, failed: labels with reasons.
     """
 
@@ -49,6 +51,8 @@ class Session:
     results: Path | None = None
     rounds: int = 5
     notes: harness.Row = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    missing: bool = False
     begin: float = field(default_factory=time.perf_counter)
     op_rows: list[harness.Row] = field(default_factory=list)
     step_rows: list[harness.Row] = field(default_factory=list)
@@ -57,6 +61,18 @@ class Session:
     files: list[Path] = field(default_factory=list)
     floors: floors.Floors | None = None
     _model: tuple[str, PreTrainedModel] | None = None
+    _held: set[tuple[str, ...]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.missing:
+            for stem, key in (("gpu_ops", ops.KEY), ("gpu_steps", steps.KEY)):
+                rows = harness.read_rows(self.folder / f"{stem}.csv")
+                self._held |= {tuple(row.get(k, "") for k in key) for row in rows}
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return (self.results or harness.RESULTS) / harness.device_slug(self.machine.device)
 
     def left(self) -> float:
         """Seconds of the budget that remain."""
@@ -70,9 +86,11 @@ class Session:
             with_ops, with_steps: what of it.
         """
         self.notes = {**self.machine.facts(), **self.notes}
-        first = [one for one in todo if one in self.sizes.wanted] if with_steps else []
-        rest = [one for one in todo if one not in first] if with_steps else []
+        todo = [one for one in todo if with_steps and not self._holds(*one)]
+        first = [one for one in todo if one in self.sizes.wanted]
+        rest = [one for one in todo if one not in first]
         cases = ops.cases(self.sizes, self.machine.device) if with_ops else []
+        cases = [c for c in cases if self._backends(c) and (not self.only or c.op in self.only)]
         wanted = [case for case in cases if case.wanted == 0]
         later = [case for case in cases if case.wanted > 0]
         try:
@@ -125,14 +143,18 @@ class Session:
             self.write()
         return list(cases[done:])
 
+    def _backends(self, case: ops.OpCase) -> list[str]:
+        """Those that have the op and are to be timed at it."""
+        known = _registry.backends()
+        having = [name for name in self.checked if case.op in known[name].kernels]
+        return [name for name in having if case.key(name) not in self._held]
+
     def _op(self, case: ops.OpCase) -> list[harness.Row]:
         assert self.floors is not None
         arguments = case.arguments()
         found = []
-        for backend in self.checked:
-            kernel = _registry.backends()[backend].kernels.get(case.op)
-            if kernel is None:
-                continue
+        for backend in self._backends(case):
+            kernel = _registry.kernel(backend, case.op)
             timed = self._guarded(
                 f"{case.label} [{backend}]",
                 lambda kernel=kernel: self.machine.time(lambda: kernel(*arguments)),
@@ -158,6 +180,11 @@ class Session:
                 report.show(label, fresh, report.STEP_COLUMNS)
                 self.write()
 
+    def _holds(self, name: str, size: Shape) -> bool:
+        """Whether the results hold the steps of a model and a batch."""
+        mine = (name, str(size[0]), str(size[1]), steps.STEP)
+        return all((*mine, backend, setting()) in self._held for backend in self.checked)
+
     def model(self, name: str) -> PreTrainedModel | None:
         """The model, made when it is another than the last; None: there is no room."""
         if self._model is None or self._model[0] != name:
@@ -176,9 +203,11 @@ class Session:
             return []
         backends = list(self.checked)
         batch = models.random_batch(model, *size)
-        memory = steps.peaks(self.machine, model, batch, backends)
-        found = steps.cases(self.machine, model, batch, backends)
-        self.failed += [f"{name} {size[0]}x{size[1]}, {text}" for text in found.left_out]
+        memory, failed = steps.peaks(self.machine, model, batch, backends)
+        usable = [b for b in backends if (steps.STEP, b) in memory]
+        density = self.sizes.density if name in self.sizes.masked_models else None
+        found = steps.cases(self.machine, model, batch, usable, density)
+        self.failed += [f"{name} {size[0]}x{size[1]}, {t}" for t in (*failed, *found.left_out)]
         timings = harness.interleave(
             found.runs,
             rounds=self.rounds,
@@ -208,7 +237,7 @@ class Session:
         except DeviceLost:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = steps.brief(error)
         # Outside the handler: the traceback that holds the tensors is gone.
         if reason == "memory":
             self.left_out.append(f"{label} (memory)")
@@ -224,8 +253,13 @@ class Session:
         return None
 
     def comparisons(self) -> list[choice.Comparison]:
-        """The backends held against each other, op by op."""
-        return choice.compare(self.op_rows, list(self.checked))
+        """The backends held against each other, op by op: the stored rows of the last commit."""
+        rows = harness.read_rows(self.folder / "gpu_ops.csv")
+        rows = [row for row in rows if row["setting"] == setting()]
+        if rows:
+            last = max(rows, key=lambda row: row["utc"])["commit"]
+            rows = [row for row in rows if row["commit"] == last]
+        return choice.compare(rows, self.machine.backends())
 
     def proposal(self, table: _choice.Table) -> _choice.Table:
         """The registry's table with what was measured here."""

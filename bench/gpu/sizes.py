@@ -20,7 +20,8 @@ class Sizes:
         head: vocabulary and width; looked_up: rows of an embedding; scored: tokens of a loss.
         masked: the weight under a mask; density: of the mask.
         listed: model whose list of parameters is updated in one call.
-        models, batches: of the steps; wanted: those that come first.
+        models, batches: of the steps; wanted: those that come first; masked_models: those that
+        are stepped under a mask as well.
     """
 
     copy: int
@@ -41,6 +42,7 @@ class Sizes:
     models: tuple[str, ...]
     batches: tuple[Shape, ...]
     wanted: tuple[tuple[str, Shape], ...]
+    masked_models: tuple[str, ...]
 
 
 FULL = Sizes(
@@ -51,7 +53,7 @@ FULL = Sizes(
     part=(1 << 13, 4096),
     replayed=64,
     products=((2048, 2048), (8192, 2048), (5120, 20480)),
-    tokens=(32, 256, 1024, 4096),
+    tokens=(32, 64, 128, 256, 1024, 4096),
     few=(1, 2, 4, 8, 16),
     head=(50272, 2048),
     looked_up=4096,
@@ -62,6 +64,7 @@ FULL = Sizes(
     models=("opt-125m", "opt-1.3b", "llama-3.2-1b", "opt-6.7b", "opt-13b"),
     batches=((1, 32), (1, 256), (16, 64), (16, 256)),
     wanted=(("opt-1.3b", (1, 32)), ("opt-1.3b", (16, 256))),
+    masked_models=("opt-125m", "opt-1.3b"),
 )
 
 TINY = Sizes(
@@ -83,4 +86,5 @@ TINY = Sizes(
     models=("tiny-opt", "tiny-llama"),
     batches=((1, 8), (2, 8)),
     wanted=(("tiny-llama", (2, 8)),),
+    masked_models=("tiny-opt",),
 )

@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import zokernels as zo
 from bench import harness, models
-from bench.gpu.machine import Machine, Run
+from bench.gpu.machine import Machine, Run, setting
 from bench.peers.mezo import VARIANTS, MeZOLoop
 from zokernels.planner import plan_linear
 
 FORWARDS, FORWARDS_GRAPH = "two forwards", "two forwards, graph"
 STEP, STEP_GRAPH = "step", "step, graph"
+MASKED = ", mask"  # what follows them under a mask
 MEZO = tuple(f"mezo {v}" for v in VARIANTS)
-KEY = ("model", "batch", "length", "case", "backend")
+KEY = ("model", "batch", "length", "case", "backend", "setting")
 
 # A case, and the backend under which it runs ("torch": none of ours takes part).
 Name = tuple[str, str]
@@ -47,15 +48,22 @@ class StepCases:
         if after:
             self.after[key] = after
 
-    def try_graph(self, case: str, backend: str, make: Callable[[], Run]) -> None:
-        """A case that records a graph first; one that cannot be recorded is left out."""
+    def attempt(self, case: str, backend: str, make: Callable[[], Run]) -> None:
+        """A case that may be impossible: it is made and run once, or left out with the reason."""
         try:
-            self.add(case, backend, make())
+            run = make()
+            run()
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            self.left_out.append(f"{case} [{backend}]: {type(error).__name__}: {reason}")
+            self.left_out.append(f"{case} [{backend}]: {brief(error)}")
+        else:
+            self.add(case, backend, run)
+
+
+def brief(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def build(name: str, device: str) -> PreTrainedModel:
@@ -99,9 +107,20 @@ def _under(backend: str, run: Run) -> Run:
 
 
 def cases(
-    machine: Machine, model: PreTrainedModel, batch: models.Batch, backends: list[str]
+    machine: Machine,
+    model: PreTrainedModel,
+    batch: models.Batch,
+    backends: list[str],
+    density: float | None = None,
 ) -> StepCases:
-    """What is timed on a model and a batch."""
+    """What is timed on a model and a batch.
+
+    Args:
+        machine: on what.
+        model, batch: of the steps.
+        backends: of ours.
+        density: of a random mask, for steps under one as well; None: none.
+    """
     found = StepCases()
 
     def plain() -> None:
@@ -115,17 +134,24 @@ def cases(
         model(**batch)
 
     found.add(FORWARDS, TORCH, plain)
-    found.try_graph(FORWARDS_GRAPH, TORCH, lambda: machine.graph(forwards))
-    for backend in backends:
-        optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3)
-        found.add(STEP, backend, _under(backend, lambda o=optimizer: o.step(batch)))
+    found.attempt(FORWARDS_GRAPH, TORCH, lambda: machine.graph(forwards))
+    kinds: dict[str, zo.Mask | None] = {"": None}
+    if density is not None:
+        kinds[MASKED] = zo.Mask.random(model, density, seed=0)
+    for backend, (suffix, mask) in itertools.product(backends, kinds.items()):
 
-        def graphed(backend: str = backend) -> Run:
+        def stepped(backend: str = backend, mask: zo.Mask | None = mask) -> Run:
+            optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3, mask=mask)
+            return _under(backend, lambda: optimizer.step(batch))
+
+        def graphed(backend: str = backend, mask: zo.Mask | None = mask) -> Run:
             with zo.use_backend(backend):
-                step = machine.graphed_step(zo.MeZO(model, lr=1e-9, eps=1e-3, seed=1), batch)
+                optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3, seed=1, mask=mask)
+                step = machine.graphed_step(optimizer, batch)
             return _under(backend, lambda: step(batch))
 
-        found.try_graph(STEP_GRAPH, backend, graphed)
+        found.attempt(STEP + suffix, backend, stepped)
+        found.attempt(STEP_GRAPH + suffix, backend, graphed)
     _add_mezo(found, machine, model, batch)
     return found
 
@@ -159,20 +185,30 @@ def _add_mezo(
 
 def peaks(
     machine: Machine, model: PreTrainedModel, batch: models.Batch, backends: list[str]
-) -> dict[Name, int]:
-    """Peak bytes above the weights; besides the cases, a forward and one of the stacked batch."""
+) -> tuple[dict[Name, int], list[str]]:
+    """Peak bytes above the weights; besides the steps, a forward and one of the stacked batch.
+
+    Returns:
+        The peaks, and why a backend's step has none.
+    """
     found: dict[Name, int] = {}
+    failed = []
     for backend in backends:
         optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3)
         run = _under(backend, lambda o=optimizer: o.step(batch))
-        found[STEP, backend] = machine.peak(run)
+        try:
+            found[STEP, backend] = machine.peak(run)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            failed.append(f"{STEP} [{backend}]: {brief(error)}")
     loop = MeZOLoop(model, lr=1e-9, eps=1e-3, variant="add_")
     found["mezo add_", TORCH] = machine.peak(lambda: loop.step(lambda: model(**batch).loss, 1))
     stacked = {k: torch.cat([v, v]) for k, v in batch.items()}
     with torch.inference_mode():
         found["stacked forward", TORCH] = machine.peak(lambda: model(**stacked))
         found["forward", TORCH] = machine.peak(lambda: model(**batch))
-    return found
+    return found, failed
 
 
 def rows(
@@ -194,7 +230,7 @@ def rows(
     for k, (case, backend) in names.items():
         time_of = timings.stat(k)
         against = FORWARDS
-        if case in (STEP_GRAPH, FORWARDS_GRAPH) and (FORWARDS_GRAPH, TORCH) in key:
+        if ", graph" in case and (FORWARDS_GRAPH, TORCH) in key:
             against = FORWARDS_GRAPH
         peak = memory.get((case, backend))
         found.append(
@@ -202,6 +238,7 @@ def rows(
                 **base,
                 "case": case,
                 "backend": backend,
+                "setting": setting(),
                 "ms": round(time_of.median * 1e3, 3),
                 "ms_p20": round(time_of.low * 1e3, 3),
                 "ms_p80": round(time_of.high * 1e3, 3),
