@@ -18,23 +18,35 @@ from torch import Tensor, nn
 
 from zokernels import _registry, _targets, deferred
 from zokernels._targets import NamedTensors, fp32
-from zokernels.binding import Binding, BoundParameter, bind, unwrap
+from zokernels.binding import Binding, BoundParameter, bind
 from zokernels.branches import Branches, displaced_storage
 from zokernels.deferred import Fetch, Inputs, Rates, placed
-from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
+from zokernels.displacement import check_distribution, check_rounding
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
-from zokernels.noise import CONTRACT_VERSION, derive_seed, signed_seed
+from zokernels.noise import derive_seed, signed_seed
+from zokernels.optim_arguments import (
+    ESTIMATORS,
+    NONFINITE,
+    check_choice,
+    check_count,
+    check_group,
+    check_positive,
+    named_tensors,
+    pairs,
+    sources,
+)
+from zokernels.optim_state import (
+    KEPT,
+    STATE_KEY,
+    Past,
+    accepted_state,
+    run_state,
+)
 from zokernels.pending import PendingTerm
 from zokernels.randomness import rewinder
 from zokernels.subset import on
 from zokernels.trajectory import Trajectory, TrajectoryError
-
-ESTIMATORS = ("central", "forward")
-NONFINITE = ("skip", "raise")
-
-_STATE_KEY = "mezo"
-_STATE_FORMAT = 1
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -59,15 +71,6 @@ class StepResult:
     losses: tuple[float, ...]
     projected_gradients: tuple[tuple[float, ...], ...]
     skipped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Past:
-    """A step in the momentum window."""
-
-    step: int
-    seeds: tuple[int, ...]
-    gradients: tuple[tuple[float, ...], ...]  # [groups][directions], clipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ class MeZO(torch.optim.Optimizer):
     _step: int
     _skipped: int
     _warned: bool
-    _window: tuple[_Past, ...]
+    _window: tuple[Past, ...]
     _last: StepResult | None
     _incoming: dict[str, Any] | None
     _journal: Trajectory | None
@@ -203,15 +206,17 @@ class MeZO(torch.optim.Optimizer):
         max_branches: int | None = None,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        _check_group(defaults)
+        check_group(defaults)
         self.distribution = check_distribution(distribution)
         self.rounding = check_rounding(rounding)
-        self.estimator = _choice("estimator", estimator, ESTIMATORS)
-        self.nonfinite = _choice("nonfinite", nonfinite, NONFINITE)
-        self.num_directions = _count("num_directions", num_directions)
-        self.momentum_window = _count("momentum_window", momentum_window)
-        self.max_branches = None if max_branches is None else _count("max_branches", max_branches)
-        self.clip = None if clip is None else _positive("clip", clip)
+        self.estimator = check_choice("estimator", estimator, ESTIMATORS)
+        self.nonfinite = check_choice("nonfinite", nonfinite, NONFINITE)
+        self.num_directions = check_count("num_directions", num_directions)
+        self.momentum_window = check_count("momentum_window", momentum_window)
+        self.max_branches = (
+            None if max_branches is None else check_count("max_branches", max_branches)
+        )
+        self.clip = None if clip is None else check_positive("clip", clip)
         if sequential is not None and not isinstance(sequential, bool):
             raise TypeError(f"sequential must be True, False or None; got {sequential!r}")
         self.sequential = sequential
@@ -230,7 +235,7 @@ class MeZO(torch.optim.Optimizer):
         if self._given is not None and mask is not None:
             raise ValueError("mask must be None when params is a Binding: it has its own")
         self._mask = mask if self._given is None else self._given.mask
-        self._model, groups = _sources(params, model, mask)
+        self._model, groups = sources(params, model, mask)
         self._explicit = self._given is not None or mask is not None
         self._bound = None
         self._groups, self._announced, self._flags = [], [], ()
@@ -297,9 +302,9 @@ class MeZO(torch.optim.Optimizer):
             raise TypeError(f"param_group must be a dict; got {type(param_group).__name__}")
         if "params" not in param_group:
             raise ValueError("a parameter group must have the key 'params'")
-        group = {**param_group, "params": _named(param_group["params"], self._model)}
+        group = {**param_group, "params": named_tensors(param_group["params"], self._model)}
         group.pop("param_names", None)
-        _check_group({**self.defaults, **group})
+        check_group({**self.defaults, **group})
         super().add_param_group(group)
         if self._bound is not None:  # else the constructor binds all groups at once
             try:
@@ -397,7 +402,7 @@ class MeZO(torch.optim.Optimizer):
             and the journal are what they were before.
         """
         for group in self.param_groups:
-            _check_group(group)
+            check_group(group)
         functions, sequential = self._functions(batch, loss_fn, closure)
         if self._requires_grad() != self._flags:
             self._bind()
@@ -435,7 +440,7 @@ class MeZO(torch.optim.Optimizer):
     ) -> None:
         """From the losses of a step: its update, unless the device made it, and what is kept."""
         gradients = self._project(values, rates)
-        past = _Past(step, seeds, tuple(tuple(map(self._clipped, row)) for row in gradients))
+        past = Past(step, seeds, tuple(tuple(map(self._clipped, row)) for row in gradients))
         finite = all(map(math.isfinite, values)) and all(
             math.isfinite(g) for row in gradients for g in row
         )
@@ -763,13 +768,13 @@ class MeZO(torch.optim.Optimizer):
     def _clipped(self, gradient: float) -> float:
         return gradient if self.clip is None else max(-self.clip, min(self.clip, gradient))
 
-    def _recent(self, now: _Past) -> tuple[_Past, ...]:
+    def _recent(self, now: Past) -> tuple[Past, ...]:
         """The momentum window with ``now`` in it, oldest first."""
         first = now.step - self.momentum_window + 1
         return (*(past for past in self._window if past.step >= first), now)
 
     def _terms(
-        self, now: _Past, rates: tuple[Rates, ...]
+        self, now: Past, rates: tuple[Rates, ...]
     ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
         """Seeds ``[K]``, coefficients and decay ``[groups][K]`` of the update.
 
@@ -849,7 +854,9 @@ class MeZO(torch.optim.Optimizer):
         """
         self._settle()
         self.flush()
-        handle = self.register_state_dict_post_hook(_add_state, prepend=True)
+        handle = self.register_state_dict_post_hook(
+            lambda _, saved: saved.update({STATE_KEY: run_state(self)}), prepend=True
+        )
         try:
             return super().state_dict()
         finally:
@@ -865,7 +872,11 @@ class MeZO(torch.optim.Optimizer):
         """
         self._settle()
         self.flush()
-        handle = self.register_load_state_dict_pre_hook(_accept_state)
+
+        def accept(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+            self._incoming = accepted_state(self, saved)
+
+        handle = self.register_load_state_dict_pre_hook(accept)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -906,11 +917,11 @@ class MeZO(torch.optim.Optimizer):
                 )
             gradients = record.meta.get("gradients")
             if gradients and record.step >= journal.next_step - self.momentum_window:
-                window.append(_Past(record.step, fresh, tuple(map(tuple, gradients))))
+                window.append(Past(record.step, fresh, tuple(map(tuple, gradients))))
         if self._mask is not None and self._bound is not None:
             journal.replay_(self._bound)
         else:
-            held = {n: p for g in self.param_groups for n, p in _pairs(g)}
+            held = {n: p for g in self.param_groups for n, p in pairs(g)}
             journal.replay_(held if self._model is None else self._model)
         self._step = journal.next_step
         self._skipped = sum(not record.seeds for record in journal)
@@ -927,7 +938,7 @@ class MeZO(torch.optim.Optimizer):
         # The binding is made again: it belongs to this model object.
         self._settle()
         self.flush()
-        kept = {name: self.__dict__[name] for name in _KEPT}
+        kept = {name: self.__dict__[name] for name in KEPT}
         return super().__getstate__() | kept | {"_incoming": {"_shadow": self._shadows()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -949,232 +960,3 @@ class MeZO(torch.optim.Optimizer):
             masked = self._bound.by_name[name].masked if self._bound is not None else None
             if masked is not None:
                 masked.shadow.copy_(values)
-
-
-_OPTIONS = (
-    "seed",
-    "distribution",
-    "rounding",
-    "estimator",
-    "num_directions",
-    "clip",
-    "nonfinite",
-    "momentum_window",
-)
-_COUNTERS = ("_step", "_skipped", "_window")
-_KEPT = (
-    *_OPTIONS,
-    *_COUNTERS,
-    "fuse_update",
-    "sequential",
-    "max_branches",
-    "_model",
-    "_explicit",
-    "_mask",
-    "_journal",
-    "_warned",
-    "_last",
-)
-
-
-def _add_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    assert isinstance(optimizer, MeZO)
-    state_dict[_STATE_KEY] = {
-        "format": _STATE_FORMAT,
-        "contract_version": CONTRACT_VERSION,
-        "step": optimizer._step,
-        "skipped": optimizer._skipped,
-        **{name: getattr(optimizer, name) for name in _OPTIONS},
-        "mask": None if optimizer._mask is None else optimizer._mask.fingerprint(),
-        "shadow": optimizer._shadows(),
-        "window": [
-            {
-                "step": past.step,
-                "seeds": list(past.seeds),
-                "gradients": [list(row) for row in past.gradients],
-            }
-            for past in optimizer._window
-        ],
-    }
-
-
-def _accept_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Check a state dict before torch takes it, and keep what torch does not know."""
-    assert isinstance(optimizer, MeZO)
-    if _STATE_KEY not in state_dict:
-        raise ValueError(f"the state dict has no {_STATE_KEY!r}: it is of another optimizer")
-    saved = state_dict[_STATE_KEY]
-    try:
-        for label, known in (("format", _STATE_FORMAT), ("contract_version", CONTRACT_VERSION)):
-            if saved[label] != known:
-                raise UnknownVersionError(f"{label} must be {known}; got {saved[label]!r}")
-        clip = saved["clip"]
-        incoming: dict[str, Any] = {
-            "seed": signed_seed(int(saved["seed"])),
-            "distribution": check_distribution(saved["distribution"]),
-            "rounding": check_rounding(saved["rounding"]),
-            "estimator": _choice("estimator", saved["estimator"], ESTIMATORS),
-            "num_directions": _count("num_directions", saved["num_directions"]),
-            "clip": None if clip is None else _positive("clip", clip),
-            "nonfinite": _choice("nonfinite", saved["nonfinite"], NONFINITE),
-            "momentum_window": _count("momentum_window", saved["momentum_window"]),
-            "_step": int(saved["step"]),
-            "_skipped": int(saved["skipped"]),
-            "_window": tuple(
-                _Past(
-                    int(past["step"]),
-                    tuple(signed_seed(int(s)) for s in past["seeds"]),
-                    tuple(tuple(map(float, row)) for row in past["gradients"]),
-                )
-                for past in saved["window"]
-            ),
-        }
-        mask = None if optimizer._mask is None else optimizer._mask.fingerprint()
-        if saved.get("mask") != mask:
-            raise ValueError(
-                f"the state dict is of a run under mask {saved.get('mask')}; this optimizer has "
-                f"{mask}"
-            )
-        incoming["_shadow"] = dict(saved.get("shadow", {}))
-        expected = {n: tuple(v.shape) for n, v in optimizer._shadows().items()}
-        if mask is not None and {n: tuple(v.shape) for n, v in incoming["_shadow"].items()} != (
-            expected
-        ):
-            raise ValueError(
-                "the state dict's shadow does not fit the masked parameters: another dtype?"
-            )
-        groups = state_dict["param_groups"]
-        for group in groups:
-            _check_group(group)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the state dict is damaged: {error!r}") from error
-    for i, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
-        names = theirs.get("param_names", ours["param_names"])
-        for mine, name in zip(ours["param_names"], names, strict=False):
-            if mine != name:
-                raise ValueError(
-                    f"the state dict is of another model: group {i} has {name!r} where this "
-                    f"optimizer has {mine!r}"
-                )
-    journal = optimizer._journal
-    for label in ("distribution", "rounding"):
-        if journal is not None and getattr(journal, label) != incoming[label]:
-            raise ValueError(
-                f"the state dict has {label} {incoming[label]!r}, but the journal has "
-                f"{getattr(journal, label)!r}: attach another journal"
-            )
-    optimizer._incoming = incoming
-
-
-def _sources(
-    params: nn.Module | Binding | Iterable[Any], model: nn.Module | None, mask: Mask | None
-) -> tuple[nn.Module | None, list[dict[str, Any]]]:
-    """The model, if known, and parameter groups of (name, parameter) pairs."""
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or None; got {type(model).__name__}")
-    whole = params.model if isinstance(params, Binding) else params
-    if isinstance(whole, nn.Module):
-        whole = unwrap(whole)
-        if model is not None and unwrap(model) is not whole:
-            raise ValueError("model must be None, or the module given as params")
-        if isinstance(params, Binding):
-            params.check()
-            named: list[tuple[str, Tensor]] = [(p.name, p.tensor) for p in params.params]
-        elif mask is not None:
-            held = dict(whole.named_parameters())
-            mask.check(held)
-            named = [(n, p) for n, p in held.items() if mask.touches(n)]
-        else:
-            named = [(n, p) for n, p in whole.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError("the model has no trainable parameter (requires_grad)")
-        return whole, [{"params": named}]
-    holder = None if model is None else unwrap(model)
-    if isinstance(params, (Tensor, Mapping, str)) or not isinstance(params, Iterable):
-        raise TypeError(
-            "params must be a module, a Binding, named parameters or parameter groups; got "
-            f"{type(params).__name__}"
-        )
-    entries = list(params)
-    if not entries:
-        raise ValueError("optimizer got an empty parameter list")
-    groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
-    listed: list[dict[str, Any]] = []
-    for group in groups:
-        if not isinstance(group, dict) or "params" not in group:
-            raise TypeError("every parameter group must be a dict with the key 'params'")
-        listed.append({**group, "params": _named(group["params"], holder)})
-    return holder, listed
-
-
-def _named(params: Any, model: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """Parameters as (qualified name, tensor), each tensor once."""
-    if isinstance(params, Tensor):
-        params = [params]
-    if isinstance(params, set):
-        raise TypeError("parameters must be in an ordered collection such as a list; got a set")
-    names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
-    named: dict[int, tuple[str, Tensor]] = {}
-    for entry in params:
-        name, tensor = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
-        if not isinstance(tensor, Tensor) or not isinstance(name, (str, type(None))):
-            raise TypeError(
-                f"parameters must be tensors or (name, tensor) pairs; got {type(entry).__name__}"
-            )
-        if model is not None:
-            if id(tensor) not in names:
-                label = f"parameter {name!r}" if name else f"a parameter {tuple(tensor.shape)}"
-                raise ValueError(f"{label} does not belong to the model")
-            name = names[id(tensor)]
-        if name is None:
-            raise ValueError(
-                "MeZO needs the parameters' names, because the noise of a parameter is keyed by "
-                "its name: pass the model (zo.MeZO(model)), model.named_parameters(), or the bare "
-                "parameters together with model=model"
-            )
-        named.setdefault(id(tensor), (name, tensor))
-    return list(named.values())
-
-
-def _pairs(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return zip(group["param_names"], group["params"], strict=True)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    return float(value)
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name in ("lr", "weight_decay"):
-        value = _number(name, group[name])
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and >= 0; got {value}")
-    _positive("eps", group["eps"])
-    momentum = _number("momentum", group["momentum"])
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1); got {momentum}")
-
-
-def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not (math.isfinite(fp32([number])[0]) and fp32([number])[0] > 0):
-        raise ValueError(f"{name} must be > 0 and finite in float32; got {number}")
-    return number
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-    return int(value)
-
-
-def _choice(name: str, value: Any, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}; got {value!r}")
-    return str(value)
