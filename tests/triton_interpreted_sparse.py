@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreted import PID, rand
 
-from zokernels import reference
+import zokernels as zo
+from zokernels import _registry, reference
 from zokernels.triton import launch, sparse_ops, tables
 
 SEEDS, COEFFS = torch.tensor([3, -9]), torch.tensor([[0.5, -0.25], [-0.5, 0.125]])
@@ -273,3 +274,36 @@ def test_no_op_waits_for_the_device() -> None:
         sparse_ops.sparse_update_(
             [w], [indices], [shadow], SEEDS, COEFFS[0], None, [PID], "gaussian"
         )
+
+
+def test_steps_of_a_model_under_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that stay on the device, against the reference's."""
+    monkeypatch.setattr(zo.MeZO, "_stays_on_device", lambda self: True)
+    ids = torch.tensor([[1, 4, 1], [0, 9, 3]])
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).float().square().mean()
+
+    def made() -> tuple[nn.Module, zo.Mask]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 12), nn.Linear(12, 7), nn.LayerNorm(7))
+        return model, zo.Mask.random(model, 0.3, seed=2, params=lambda name, p: True)
+
+    def run(backend: str) -> tuple[dict[str, Tensor], Tensor]:
+        model, mask = made()
+        opt = zo.MeZO(model, lr=1e-2, eps=1e-2, distribution="rademacher", mask=mask)
+        with _registry.use_backend(backend):
+            for _ in range(2):
+                opt.step(ids, loss)
+        return dict(model.named_parameters()), torch.tensor(opt.last.projected_gradients)
+
+    (got, g), (want, h) = run("triton"), run("reference")
+    torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-4)
+    before, mask = made()
+    for name, start in before.named_parameters():
+        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
+        left = torch.ones(start.numel(), dtype=torch.bool)
+        left[mask.indices[name]] = False
+        assert torch.equal(got[name].view(-1)[left], start.view(-1)[left])
+        moved = got[name].view(-1)[~left] != start.view(-1)[~left]
+        assert bool(moved.all())
