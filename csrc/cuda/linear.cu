@@ -310,45 +310,53 @@ Kernel choose(int tiles, bool pending) {
 
 int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
 
-// Warps side by side as far as blocks still reach every multiprocessor: activations are then read
-// less often.
-int warps_side_by_side(int64_t rows, int multiprocessors) {
-  int wide = 1;
-  while (wide < kWarps && blocks_of(rows, 32 * wide) >= multiprocessors) wide *= 2;
-  return wide;
-}
-
-// Not more warps behind each other than there are half panels.
+// Warps behind each other of a block with `wide` side by side: not more than there are half panels.
 int warps_behind(int wide, int64_t halves) {
   int warps_k = kWarps / wide;
   while (warps_k > 1 && warps_k > halves) warps_k /= 2;
   return warps_k;
 }
 
-}  // namespace
+struct Plan {
+  int warps_k, parts;
+};
 
-// Time is waves of blocks, each as long as its warps' half panels (eight warps: 6500 issue cycles
-// with Gaussian noise) and a quarter of one for its beginning and end; a second launch adds one.
-int linear_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
-                 int multiprocessors) {
-  const int wide = warps_side_by_side(rows, multiprocessors);
-  const int64_t halves = 2 * blocks_of(cols, kGaussianGroup);
-  const int64_t others =
-      blocks_of(tokens, 8 * token_tiles(tokens, false)) * blocks_of(branches, 2);
-  int64_t best = 1, least = 0;
-  for (int64_t parts = 1; parts <= kMostParts && parts <= halves; ++parts) {
+// The fastest way to cut a product, in units of 1600 issue cycles of a multiprocessor: a quarter of
+// what eight warps need for a half panel each with Gaussian noise. Time is waves of blocks; a block
+// takes its half panels, or its activations at 24 bytes a cycle if that is longer, and a unit for
+// its beginning and end. Sums of parts are written and read again, and a second launch takes 4.
+// Few parts before many, wide blocks before narrow ones: they read activations less often.
+Plan plan(int64_t rows, int64_t halves, int64_t tokens, int64_t branches, int multiprocessors,
+          int least_parts, int most_parts) {
+  const int64_t block_tokens = 8 * token_tiles(tokens, false);
+  const int64_t others = blocks_of(tokens, block_tokens) * blocks_of(branches, 2);
+  const int64_t own_tokens = 2 * (tokens < block_tokens ? tokens : block_tokens);
+  Plan best{1, 1};
+  int64_t least = -1;
+  for (int parts = least_parts; parts <= most_parts && parts <= halves; ++parts) {
     const int64_t each = blocks_of(halves, parts);
     if (blocks_of(halves, each) != parts) continue;
-    const int warps_k = warps_behind(wide, each);
-    const int64_t blocks = blocks_of(rows, 16 * (kWarps / warps_k)) * others * parts;
-    const int64_t time = blocks_of(blocks, multiprocessors) * (4 * blocks_of(each, warps_k) + 1) +
-                         (parts > 1 ? 4 : 0);
-    if (parts == 1 || time < least) {
-      best = parts;
-      least = time;
+    for (int wide = kWarps; wide > 0; wide /= 2) {
+      const int warps_k = warps_behind(wide, each);
+      const int64_t blocks = blocks_of(rows, 16 * (kWarps / warps_k)) * others * parts;
+      const int64_t draws = 4 * blocks_of(each, warps_k), reads = each * 256 * own_tokens / 38400;
+      int64_t time = blocks_of(blocks, multiprocessors) * ((draws > reads ? draws : reads) + 1);
+      if (parts > 1) time += 4 + parts * branches * tokens * rows * 8 / (20480 * multiprocessors);
+      if (least < 0 || time < least) {
+        least = time;
+        best = {warps_k, parts};
+      }
     }
   }
-  return static_cast<int>(best);
+  return best;
+}
+
+}  // namespace
+
+int linear_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
+                 int multiprocessors) {
+  const int64_t halves = 2 * blocks_of(cols, kGaussianGroup);
+  return plan(rows, halves, tokens, branches, multiprocessors, 1, kMostParts).parts;
 }
 
 const char* add_parts(const LinearArgs& a, const float* partial, int parts, void* stream) {
@@ -369,9 +377,10 @@ const char* linear(const LinearArgs& a, float* partial, int parts, void* stream)
   const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
   const int halves = static_cast<int>(2 * cut.groups);
   const int each = static_cast<int>(blocks_of(halves, parts));
-  if (each * (parts - 1) >= halves && parts > 1) return "a product has a part without columns";
-  const Split split{warps_behind(warps_side_by_side(a.w.rows, a.multiprocessors), each),
-                    cut.first_group, halves, each, parts};
+  if (parts > 1 && each * (parts - 1) >= halves) return "a product has a part without columns";
+  const int warps_k =
+      plan(a.w.rows, halves, a.tokens, a.branches, a.multiprocessors, parts, parts).warps_k;
+  const Split split{warps_k, cut.first_group, halves, each, parts};
   const int64_t outputs = 16 * (kWarps / split.warps_k);
   const bool normal = a.distribution == Distribution::gaussian;
   const Kernel kernel = a.w.dtype == DType::bf16

@@ -159,7 +159,8 @@ int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each;
 }  // namespace
 
 // Time is waves of blocks, each as long as its groups (eight warps: 1500 to 2100 issue cycles with
-// Gaussian noise) and half a group for its beginning and end; a second launch adds three.
+// Gaussian noise) and half a group for its beginning and end. A second launch adds three groups, and
+// sums of parts are written and read again.
 int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors) {
   const int64_t groups = blocks_of(cols, kGaussianGroup);
   const int64_t blocks = blocks_of(rows, kOutputs) * blocks_of(branches, 2);
@@ -167,8 +168,8 @@ int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiproc
   for (int64_t parts = 1; parts <= kMostParts && parts <= groups; ++parts) {
     const int64_t each = blocks_of(groups, parts);
     if (blocks_of(groups, each) != parts) continue;
-    const int64_t time =
-        blocks_of(blocks * parts, multiprocessors) * (2 * each + 1) + (parts > 1 ? 6 : 0);
+    int64_t time = blocks_of(blocks * parts, multiprocessors) * (2 * each + 1);
+    if (parts > 1) time += 6 + parts * branches * kFewTokens * rows * 8 / (11264 * multiprocessors);
     if (parts == 1 || time < least) {
       best = parts;
       least = time;
