@@ -146,7 +146,8 @@ def test_a_rehearsal_times_every_step(rehearsed: Path) -> None:
     for b, t in SMALL.batches:
         found = {(r["case"], r["backend"]): r for r in rows if r["batch"] == str(b)}
         kinds = (steps.STEP, steps.STEP_GRAPH)
-        ours = {(case + kind, n) for case in kinds for kind in ("", steps.MASKED) for n in backends}
+        options = ("", steps.MASKED, steps.FUSED)
+        ours = {(case + option, n) for case in kinds for option in options for n in backends}
         others = {(c, "torch") for c in (steps.FORWARDS, steps.FORWARDS_GRAPH, *steps.MEZO)}
         assert set(found) == ours | others, (b, t)
         assert float(found[steps.STEP, "cpp"]["peak_vs_stacked_forward"]) > 0
@@ -503,6 +504,15 @@ def test_a_backend_whose_step_fails_is_left_out_of_that_model(
     assert len(s.failed) == 1 and "does not serve 'update_'" in s.failed[0]
 
 
+def test_a_run_of_fused_steps_counts_as_its_steps() -> None:
+    model = models.build("tiny-opt", "bf16")
+    found = steps.cases(Told(), model, models.random_batch(model, 1, 4), ["cpp"])
+    fused, plain = f"step{steps.FUSED} [cpp]", "step [cpp]"
+    assert found.steps[fused] == steps.RUN and found.steps[plain] == 1
+    each = found.each(harness.Timings({fused: [8.0, 4.0], plain: [8.0], "mezo": [3.0]}))
+    assert each.seconds == {fused: [8.0 / steps.RUN, 4.0 / steps.RUN], plain: [8.0], "mezo": [3.0]}
+
+
 def test_a_graph_that_cannot_be_recorded_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.build("tiny-opt", "bf16")
     batch = models.random_batch(model, 1, 4)
@@ -514,8 +524,9 @@ def test_a_graph_that_cannot_be_recorded_is_left_out(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Told, "graphed_step", refuse)
     here = Told()
     found = steps.cases(here, model, batch, ["cpp"])
-    assert {case for case, _ in found.names.values()} == {steps.FORWARDS, steps.STEP, *steps.MEZO}
-    assert len(found.left_out) == 2 and "not permitted" in found.left_out[0]
+    ours = {steps.STEP, steps.STEP + steps.FUSED}
+    assert {case for case, _ in found.names.values()} == {steps.FORWARDS, *ours, *steps.MEZO}
+    assert len(found.left_out) == 3 and "not permitted" in found.left_out[0]
     memory, failed = steps.peaks(here, model, batch, ["cpp"])
     assert not failed
     timings = harness.interleave(found.runs, rounds=1, min_rounds=1, after=found.after)

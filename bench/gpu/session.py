@@ -218,7 +218,7 @@ class Session:
             after=found.after,
         )
         base: harness.Row = {"model": name, "dtype": "bf16", "batch": size[0], "length": size[1]}
-        rows = steps.rows(base, found.names, timings, steps.weight_bytes(model), memory)
+        rows = steps.rows(base, found.names, found.each(timings), steps.weight_bytes(model), memory)
         return [{**r, "checked": self.checked.get(str(r["backend"]), "")} for r in rows]
 
     # --- both -------------------------------------------------------------------------------------

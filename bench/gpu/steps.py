@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -14,11 +15,13 @@ import zokernels as zo
 from bench import harness, models
 from bench.gpu.machine import Machine, Run, setting
 from bench.peers.mezo import VARIANTS, MeZOLoop
+from zokernels import _registry
 from zokernels.planner import plan_linear
 
 FORWARDS, FORWARDS_GRAPH = "two forwards", "two forwards, graph"
 STEP, STEP_GRAPH = "step", "step, graph"
-MASKED = ", mask"  # what follows them under a mask
+MASKED, FUSED = ", mask", ", fused update"  # what follows them with these options
+RUN = 4  # steps of a call with fused updates: the last one's is made apart
 MEZO = tuple(f"mezo {v}" for v in VARIANTS)
 KEY = ("model", "batch", "length", "case", "backend", "setting")
 
@@ -33,13 +36,24 @@ class StepCases:
 
     Attributes:
         runs: ``case [backend]`` -> one step, or two forwards; names: what that key stands for.
+        steps: of a call, where it is not one.
         after: untimed work after a call; left_out: what could not be made, with the reason.
     """
 
     runs: dict[str, Run] = field(default_factory=dict)
     names: dict[str, Name] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
     after: dict[str, Run] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+
+    def each(self, timings: harness.Timings) -> harness.Timings:
+        """Of one step, from timings of calls."""
+        return harness.Timings(
+            {
+                k: [s / self.steps.get(k, 1) for s in of_call]
+                for k, of_call in timings.seconds.items()
+            }
+        )
 
     def add(self, case: str, backend: str, run: Run, after: Run | None = None) -> None:
         """One more case."""
@@ -135,25 +149,52 @@ def cases(
 
     found.add(FORWARDS, TORCH, plain)
     found.attempt(FORWARDS_GRAPH, TORCH, lambda: machine.graph(forwards))
-    kinds: dict[str, zo.Mask | None] = {"": None}
+    # What a kind of step is called, the options it is made with, and the op it rests on.
+    kinds: list[tuple[str, dict[str, Any], str]] = [("", {}, "linear")]
+    kinds.append((FUSED, {"fuse_update": True}, "update_linear_"))
     if density is not None:
-        kinds[MASKED] = zo.Mask.random(model, density, seed=0)
-    for backend, (suffix, mask) in itertools.product(backends, kinds.items()):
-
-        def stepped(backend: str = backend, mask: zo.Mask | None = mask) -> Run:
-            optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3, mask=mask)
-            return _under(backend, lambda: optimizer.step(batch))
-
-        def graphed(backend: str = backend, mask: zo.Mask | None = mask) -> Run:
-            with zo.use_backend(backend):
-                optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3, seed=1, mask=mask)
-                step = machine.graphed_step(optimizer, batch)
-            return _under(backend, lambda: step(batch))
-
-        found.attempt(STEP + suffix, backend, stepped)
-        found.attempt(STEP_GRAPH + suffix, backend, graphed)
+        kinds.append((MASKED, {"mask": zo.Mask.random(model, density, seed=0)}, "sparse_linear"))
+    for backend, (suffix, options, op) in itertools.product(backends, kinds):
+        if op in _registry.backends()[backend].kernels:
+            _add_steps(found, machine, model, batch, backend, suffix, options)
     _add_mezo(found, machine, model, batch)
     return found
+
+
+def _add_steps(
+    found: StepCases,
+    machine: Machine,
+    model: PreTrainedModel,
+    batch: models.Batch,
+    backend: str,
+    suffix: str,
+    options: dict[str, Any],
+) -> None:
+    """Steps of one kind, as they are and as a graph."""
+    count = RUN if suffix == FUSED else 1
+
+    def repeated(optimizer: zo.MeZO, step: Callable[[Any], object]) -> Run:
+        def run() -> None:
+            for _ in range(count):
+                step(batch)
+            if count > 1:
+                optimizer.flush()
+
+        return _under(backend, run)
+
+    def stepped() -> Run:
+        optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3, **options)
+        return repeated(optimizer, optimizer.step)
+
+    def graphed() -> Run:
+        with zo.use_backend(backend):
+            optimizer = zo.MeZO(model, lr=1e-9, eps=1e-3, seed=1, **options)
+            step = machine.graphed_step(optimizer, batch)
+        return repeated(optimizer, step)
+
+    for case, make in ((STEP + suffix, stepped), (STEP_GRAPH + suffix, graphed)):
+        found.steps[f"{case} [{backend}]"] = count
+        found.attempt(case, backend, make)
 
 
 def _add_mezo(
