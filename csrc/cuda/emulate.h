@@ -1,7 +1,8 @@
 // A CUDA grid on the host, for the tests: every thread of a block is a fiber, blocks run one after
 // another. It is strict where hardware is lax: shared memory starts as NaN, an asynchronous copy
 // lands only when it is waited for, a barrier or warp operation that some thread does not reach is
-// an error, and ZK_EMULATE_ORDER=reverse runs the threads of a block in the opposite order.
+// an error. ZK_EMULATE_ORDER=reverse runs the threads of a block in the opposite order; `warps` (or
+// `reverse warps`) lets a warp run ahead as far as it can before the next one goes on.
 #pragma once
 
 #include <ucontext.h>
@@ -117,10 +118,11 @@ inline void run_fiber() {
 
 // Runs one block to its end.
 inline void run_block(int threads, size_t shared_bytes) {
-  static const bool reverse = [] {
+  const auto asked = [](const char* what) {
     const char* order = std::getenv("ZK_EMULATE_ORDER");
-    return order && std::strcmp(order, "reverse") == 0;
-  }();
+    return order && std::strstr(order, what);
+  };
+  static const bool reverse = asked("reverse"), ahead = asked("warps");
   Block& b = block();
   b.threads = b.alive = threads;
   ++b.number;
@@ -142,20 +144,26 @@ inline void run_block(int threads, size_t shared_bytes) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, run_fiber, 0);
   }
+  const auto events = [&b, threads] {
+    uint64_t n = b.progress + b.all.generation + static_cast<uint64_t>(threads - b.alive);
+    for (const Meeting& m : b.warp) n += m.generation;
+    return n;
+  };
+  const int together = ahead ? kWarp : threads;
   while (b.alive) {
-    const int alive = b.alive;
-    const uint64_t generation = b.all.generation, progress = b.progress;
-    uint64_t warps = 0, warps_after = 0;
-    for (const Meeting& m : b.warp) warps += m.generation;
-    for (int i = 0; i < threads; ++i) {
-      b.current = reverse ? threads - 1 - i : i;
-      Thread& f = b.thread[static_cast<size_t>(b.current)];
-      if (!f.done) swapcontext(&b.scheduler, &f.context);
+    const uint64_t before = events();
+    for (int first = 0; first < threads; first += together) {
+      uint64_t last;
+      do {
+        last = events();
+        for (int i = first; i < first + together && i < threads; ++i) {
+          b.current = reverse ? threads - 1 - i : i;
+          Thread& f = b.thread[static_cast<size_t>(b.current)];
+          if (!f.done) swapcontext(&b.scheduler, &f.context);
+        }
+      } while (ahead && events() != last);
     }
-    for (const Meeting& m : b.warp) warps_after += m.generation;
-    if (b.alive == alive && b.all.generation == generation && warps == warps_after &&
-        b.progress == progress)
-      fail("some threads wait for others that have ended or wait elsewhere");
+    if (events() == before) fail("some threads wait for others that have ended or wait elsewhere");
   }
   if (b.bulk_copies) fail("a block ended with bulk copies in flight");
 }
