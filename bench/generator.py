@@ -32,9 +32,10 @@ def generate_kernel(out, seed, groups, ROWS: tl.constexpr, GAUSSIAN: tl.constexp
     tl.store(out + pid, tl.sum(tl.sum(total, axis=1), axis=0))
 
 
-def drawing(count: int, distribution: str, device: str) -> tuple[Callable[[], Tensor], int]:
+def drawing(
+    count: int, distribution: str, device: str, *, programs: int = 4096
+) -> tuple[Callable[[], Tensor], int]:
     """A function that draws about ``count`` values, and how many they are."""
-    programs = 4096
     groups = max(1, count // (programs * _ROWS * 256))
     out = torch.empty(programs, dtype=torch.float32, device=device)
     seed = torch.ones((), dtype=torch.int64, device=device)

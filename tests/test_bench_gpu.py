@@ -209,6 +209,46 @@ def test_the_cases_are_what_the_triton_kernels_take() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_bare_generator_draws_the_noise_of_the_contract() -> None:
+    """In Triton's interpreter; and compiled, none of it is optimised away."""
+    interpreted(
+        """
+        import torch
+        from bench import generator
+        from zokernels import noise
+        for distribution in noise.DISTRIBUTIONS:
+            run, count = generator.drawing(2 * 8 * 512, distribution, "cpu", programs=2)
+            assert count == 2 * 8 * 512
+            z = noise.direction(16, 512, torch.tensor(1), 0, 0, 0, distribution).double()
+            torch.testing.assert_close(run().double(), z.view(2, -1).sum(1), rtol=0, atol=0.02)
+        """,
+        TRITON_INTERPRET="1",
+        OMP_NUM_THREADS="1",
+    )
+    compiled(90)
+
+
+def compiled(capability: int) -> None:
+    import triton_variants as tv
+
+    from bench import generator
+
+    special = {}
+    for distribution in ("gaussian", "rademacher"):
+        constants = {"ROWS": 8, "GAUSSIAN": distribution == "gaussian"}
+        variant = tv.Variant("generate", generator.generate_kernel, constants, {"out": "*fp32"})
+        found = tv.compile_for(variant, capability)
+        assert (found.stack, found.local) == (0, 0)
+        # Two 32-bit products for each of Philox's rounds after the first two, which neighbours
+        # share; a thread has four counters.
+        assert sum(code.startswith("IMAD.WIDE") for code in found.instructions) >= 4 * 2 * 8
+        special[distribution] = sum(code.startswith("MUFU") for code in found.instructions)
+    # At least a logarithm and a root for every two normals.
+    assert special["gaussian"] >= 4 * 2 * 2 and special["rademacher"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_cases_are_what_the_cuda_kernels_take() -> None:
     """On the emulated backend: every case of the GPU, at tiny shapes."""
