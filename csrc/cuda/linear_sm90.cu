@@ -46,7 +46,7 @@
 // would take clusters that share x or exchange displaced weights. One block a multiprocessor (128
 // of 254 registers are sums) leaves two warps a scheduler to hide latencies; whether that suffices,
 // only a device can tell. All of this is arithmetic: the kernel has not run on a device, and is off
-// (zokernels/ _cuda_hopper.py says how to switch it on).
+// (csrc/README.md says how to switch it on).
 #include "access.h"
 #include "hopper.h"
 #include "launch.h"
