@@ -311,6 +311,25 @@ def test_update_of_no_terms_changes_nothing(name: str) -> None:
         same(p, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_update_leaves_out_idle_terms(name: str, dtype: torch.dtype) -> None:
+    """Coefficient 0 and decay 1, as of a step that was skipped on the device: -0 stays -0."""
+    w = torch.full((3, 600), -0.0, dtype=dtype)
+    w[:, ::3] = rand(3, 200, dtype=dtype)
+    seeds, zero, one = seeds_of(2), torch.zeros(2), torch.ones(2)
+    for decay, rounding in ((None, "nearest"), (one, "stochastic")):
+        got = w.clone()
+        run(name, "update_", [got], seeds, zero, decay, None, [PID], [], [], "gaussian", rounding)
+        assert torch.equal(got.view(torch.uint8), w.view(torch.uint8))
+    moved, apart = w.clone(), w.clone()
+    c = torch.tensor([0.1, 0.0])
+    place = ([PID], [], [], "gaussian", "stochastic")
+    run(name, "update_", [moved], seeds, c, one, torch.tensor([False, True]), *place)
+    run(name, "update_", [apart], seeds[:1], c[:1], None, None, *place)
+    near = (moved.double() - apart.double()).abs() <= ulp(apart, dtype)
+    assert bool(near.all())  # rounded by the second term's bits, not the first's
+
+
 def test_update_of_any_layout(name: str) -> None:
     """A parameter is its shape, not its memory: strided, transposed, channels-last, in a frame."""
     for distribution in noise.DISTRIBUTIONS:

@@ -37,7 +37,8 @@ SCHEMAS = {
     "displace_vectors": "(Tensor[] vectors, Tensor seeds, Tensor coeffs, int[] param_ids, "
     "str distribution) -> Tensor",
     # params += sum_k coeffs[k] z_k, one rounding at every True of `ends` (None: at every term);
-    # decay[k] multiplies the weight before term k.
+    # decay[k] multiplies the weight before term k. A term of coefficient 0 and decay 1 is left out
+    # (it could turn -0 into +0), but for its rounding.
     "update_": "(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
     "int[] param_ids, SymInt[] row_offsets, SymInt[] col_offsets, str distribution, "
     "str rounding) -> ()",

@@ -129,8 +129,9 @@ def update_(
             place = (row0 + start, col0)
             acc = flat[start:stop].float()
             for k in range(seeds.numel()):
-                z = noise.direction(*region, seeds[k], param_ids[i], *place, distribution)
-                acc = _fma(coeffs[k], z, acc if decay is None else acc * decay[k])
+                if float(coeffs[k]) or (decay is not None and float(decay[k]) != 1.0):
+                    z = noise.direction(*region, seeds[k], param_ids[i], *place, distribution)
+                    acc = _fma(coeffs[k], z, acc if decay is None else acc * decay[k])
                 if ends is None or bool(ends[k]) or k == seeds.numel() - 1:
                     bits = None
                     if rounding == "stochastic" and param.dtype != torch.float32:

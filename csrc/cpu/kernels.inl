@@ -532,12 +532,16 @@ struct Updater {
   const PhiloxRow* rounding_rows;
   using Draw = typename Noise<kind>::Draw;
 
+  // A term of coefficient 0 and decay 1 is left out: it could turn -0 into +0.
   ZK_INLINE void add(int64_t k, const F z[4], F acc[4]) const {
     const F c = splat(a.coeffs[k]);
     if (a.decay) {
+      if (a.coeffs[k] == 0.0f && a.decay[k] == 1.0f) return;
       const F d = splat(a.decay[k]);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) acc[j] = acc[j] * d;
+    } else if (a.coeffs[k] == 0.0f) {
+      return;
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) acc[j] = fma(c, z[j], acc[j]);

@@ -165,22 +165,24 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) update_kernel(const UpdateArgs a) {
     ZK_NO_UNROLL
     for (int64_t k = 0; k < a.terms.count; ++k) {
       const auto seed = static_cast<uint64_t>(a.terms.seeds[k]);
-      const float c = a.coeffs[k];
-      if (a.decay) {
-        const float decay = a.decay[k];
-        ZK_UNROLL
-        for (int j = 0; j < 4; ++j) {
+      const float c = a.coeffs[k], decay = a.decay ? a.decay[k] : 1.0f;
+      if (c != 0.0f || decay != 1.0f) {
+        if (a.decay) {
           ZK_UNROLL
-          for (int i = 0; i < V; ++i) acc[j][i] = acc[j][i] * decay;
+          for (int j = 0; j < 4; ++j) {
+            ZK_UNROLL
+            for (int i = 0; i < V; ++i) acc[j][i] = acc[j][i] * decay;
+          }
         }
-      }
-      const Draw<kind> draw(row_state(seed, noise_row, param_id, Stream::direction), u.group, u.l);
-      ZK_UNROLL
-      for (int i = 0; i < V; ++i) {
-        float z[4];
-        draw.column(static_cast<uint32_t>(i), z);
+        const Draw<kind> draw(row_state(seed, noise_row, param_id, Stream::direction), u.group,
+                              u.l);
         ZK_UNROLL
-        for (int j = 0; j < 4; ++j) acc[j][i] = fma32(c, z[j], acc[j][i]);
+        for (int i = 0; i < V; ++i) {
+          float z[4];
+          draw.column(static_cast<uint32_t>(i), z);
+          ZK_UNROLL
+          for (int j = 0; j < 4; ++j) acc[j][i] = fma32(c, z[j], acc[j][i]);
+        }
       }
       const bool ends = !a.ends || a.ends[k] || k == a.terms.count - 1;
       if (!ends) continue;

@@ -74,6 +74,7 @@ ZK_DEVICE void apply_pending(const LinearArgs& a, uint32_t noise_row, uint32_t g
     const auto seed = static_cast<uint64_t>(a.pending.seeds[k]);
     const float c = a.pending_coeffs[k];
     const float decay = a.pending_decay ? a.pending_decay[k] : 1.0f;
+    if (c == 0.0f && decay == 1.0f) continue;
     const Draw<kind> draw(row_state(seed, noise_row, a.place.param_id, Stream::direction), group,
                           l);
     const RowState bits = row_state(seed, noise_row, a.place.param_id, Stream::update_rounding);

@@ -105,6 +105,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) sparse_update_kernel(const VectorArgs a) {
   ZK_NO_UNROLL
   for (int64_t k = 0; k < a.terms.count; ++k) {
     const float c = a.coeffs[k], decay = a.decay ? a.decay[k] : 1.0f;
+    if (c == 0.0f && decay == 1.0f) continue;
     const Draw<kind> draw(row_state(static_cast<uint64_t>(a.terms.seeds[k]), e.place.row_offset,
                                     e.place.param_id, Stream::direction),
                           u.group, u.l);
