@@ -663,7 +663,8 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     path = tmp_path / "test_small.py"
     monkeypatch.setattr(checks, "SUITES", (str(path),))
     monkeypatch.setattr(checks, "KEPT", tmp_path / "build" / "kept.json")
-    monkeypatch.setattr(checks, "_digest", lambda backend, device: f"of-{device}")
+    monkeypatch.setattr(checks, "_digest", lambda b, d: f"of-{d}-{machine.setting()}")
+    monkeypatch.delenv("ZOKERNELS_GPU", raising=False)
 
     def write(body: str) -> None:
         path.write_text(
@@ -676,13 +677,19 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
 
 
 @pytest.mark.timeout(300)
-def test_a_pass_counts_until_something_changes(suite: Callable[[str], None]) -> None:
+def test_a_pass_counts_until_something_changes(
+    suite: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     suite("assert name == 'reference' and os.environ['ZOKERNELS_TEST_REQUIRE'].endswith(name)")
     first = checks.conformance("reference", "gpu", 200.0)
     assert first.passed and first.detail == "1 passed, 0 failed, 0 skipped"
     suite("assert False")
     again = checks.conformance("reference", "gpu", 200.0)
     assert again.passed and "in an earlier run" in again.detail
+    monkeypatch.setenv("ZOKERNELS_GPU", "crossover=0")
+    assert checks.conformance("reference", "gpu", 200.0).state == "failed"
+    monkeypatch.delenv("ZOKERNELS_GPU")
+    assert checks.conformance("reference", "gpu", 200.0).passed
     other = checks.conformance("reference", "another gpu", 200.0)
     assert other.state == "failed" and other.detail == "0 passed, 1 failed, 0 skipped"
 

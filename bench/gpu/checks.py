@@ -179,8 +179,8 @@ def conformance(backend: str, device: str, limit: float, *, keep: bool = True) -
     what = f"conformance of {backend}"
     if absent := missing():
         return Check(what, "not run", f"{', '.join(absent)} missing: pip install them")
-    digest = _digest(backend, device)
-    before = _kept().get(backend, "")
+    digest, key = _digest(backend, device), f"{backend} {setting()}".strip()
+    before = _kept().get(key, "")
     if keep and before.partition(" ")[0] == digest:
         return Check(what, "passed", f"{before.partition(' ')[2]} in an earlier run, same sources")
     workers = min(8, cores() // 2)
@@ -200,7 +200,7 @@ def conformance(backend: str, device: str, limit: float, *, keep: bool = True) -
     if status != 0 or counts["passed"] == 0:
         return Check(what, "failed", _text(counts), seconds)
     if keep:
-        kept = {**_kept(), backend: f"{digest} {_text(counts)}"}
+        kept = {**_kept(), key: f"{digest} {_text(counts)}"}
         with contextlib.suppress(OSError):  # a checkout that cannot be written to
             KEPT.parent.mkdir(parents=True, exist_ok=True)
             KEPT.write_text(json.dumps(kept, indent=1) + "\n")
