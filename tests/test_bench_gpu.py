@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
+import zokernels as zo
 from bench import harness, models, peak
 from bench.gpu import __main__ as command
 from bench.gpu import checks, choice, cli, floors, machine, ops, report, session, sizes, steps
@@ -572,6 +575,50 @@ def test_a_graph_that_cannot_be_recorded_is_left_out(monkeypatch: pytest.MonkeyP
     timings = harness.interleave(found.runs, rounds=1, min_rounds=1, after=found.after)
     rows = steps.rows({"model": "m"}, found.names, timings, steps.weight_bytes(model), memory)
     assert {r["against"] for r in rows} == {steps.FORWARDS}
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses what a recording cannot hold: data of the host, and values that the host reads."""
+
+    REFUSED = (
+        *(torch.tensor, torch.as_tensor, torch.from_numpy, torch.asarray, torch.Tensor.item),
+        *(torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__bool__, torch.Tensor.__float__),
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        assert func not in self.REFUSED, f"{func} cannot be recorded"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-llama"])
+def test_what_is_recorded_takes_nothing_from_the_host(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[str] = []
+
+    def record(
+        run: Callable[[], object], warm_up: Callable[[], object]
+    ) -> tuple[Callable[[], object], object]:
+        warm_up()
+        with torch.no_grad(), NothingFromTheHost():
+            output = run()
+        recorded.append("one")
+        return run, output
+
+    class Recording(Told):
+        graph = machine.Cuda.graph
+        graphed_step = machine.Cuda.graphed_step
+
+    monkeypatch.setattr(machine, "_same_stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(zo.MeZO, "_stays_on_device", lambda self: True)
+    monkeypatch.setattr(graphs, "record", record)
+    model = steps.build(name, "cpu")
+    found = steps.cases(Recording(), model, models.random_batch(model, 2, 4), ["cpp"], 0.05)
+    assert not found.left_out
+    assert len(recorded) == 4  # two forwards; a step, with a fused update, under a mask
 
 
 # --- sums -----------------------------------------------------------------------------------------
