@@ -240,17 +240,16 @@ def results(kernels: dict, dtype: torch.dtype, distribution: str, rounding: str)
     out.append(kernels["sparse_displace"](w, *masked))
     params, shadows = [w.clone()], [shadow.clone()]
     kernels["sparse_update_"](params, [index], shadows, seeds, c[0], decay, [PID], distribution)
-    # Rows full of elements and with few, very few elements, none; two blocks of tokens.
-    v, x = rand(100, 70, dtype=dtype), rand(3, 66, 70, dtype=dtype, seed=5)
-    dense = torch.cat([torch.arange(70 * 9), torch.arange(70 * 9, v.numel(), 11)])
-    biases = (rand(3, 100), rand(100, dtype=dtype), None)
-    for index, bias in zip((dense, dense[-9:], dense[:0]), biases, strict=True):
+    # Rows full of elements and with few, two blocks of tokens; very few elements; none.
+    v, x = rand(70, 70, dtype=dtype), rand(3, 66, 70, dtype=dtype, seed=5)
+    dense = torch.cat([torch.arange(140), torch.arange(140, v.numel(), 97)])
+    tokens, biases = (66, 2, 2), (rand(3, 70), rand(70, dtype=dtype), None)
+    for index, count, bias in zip((dense, dense[-9:], dense[:0]), tokens, biases, strict=True):
         shadow = v.reshape(-1)[index].float()
         masked = (index, shadow, seeds, c, PID, 300, distribution)
-        back = rand(3, 2, 100, dtype=dtype)
-        out.append(kernels["sparse_linear"](x, v, bias, *masked, False, False))
-        out.append(kernels["sparse_linear"](x[0], v, bias, *masked, True, False))
-        out.append(kernels["sparse_linear"](back, v, None, *masked, False, True))
+        out.append(kernels["sparse_linear"](x[:, :count], v, bias, *masked, False, False))
+        out.append(kernels["sparse_linear"](x[0, :2], v, bias, *masked, True, False))
+        out.append(kernels["sparse_linear"](x[:, :2], v, None, *masked, False, True))
         out.append(kernels["sparse_embedding"](ids_of, v, *masked, False))
     return out + params + shadows
 

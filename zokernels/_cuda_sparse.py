@@ -187,7 +187,8 @@ class Sparse:
         shared: bool,
         transposed: bool,
     ) -> Tensor:
-        x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
+        x, w = x.detach().contiguous(), w.detach()
+        bias = None if bias is None else bias.detach()
         fused, late = (bias, None) if bias is None or bias.dim() == 1 else (None, bias.contiguous())
         branches, count = coeffs.shape[0], indices.numel()
         difference = self._displaced(
