@@ -488,6 +488,36 @@ def test_one_failure_takes_nothing_else_with_it(
     assert json.loads(s.files[0].with_suffix(".json").read_text())["failed"] == s.failed
 
 
+def test_a_generator_that_does_not_compile_costs_the_noise_floor_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CompilationError(Exception):
+        """As Triton's: of no common base."""
+
+    def refuse(self: Told, count: int, distribution: str) -> None:
+        raise CompilationError(f"at 1:1: {distribution}")
+
+    monkeypatch.setattr(Told, "drawing", refuse)
+    s = told(tmp_path, only=("update_",))
+    s.everything([], with_ops=True, with_steps=False)
+    assert s.floors is not None and s.floors.noise == {}
+    assert s.failed[0] == "bare generator, gaussian: CompilationError: at 1:1: gaussian"
+    assert s.op_rows and {r["of_generator"] for r in s.op_rows} == {""}
+
+
+def test_without_floors_there_are_still_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(here: machine.Machine, how: sizes.Sizes) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(floors, "measure", refuse)
+    s = told(tmp_path)
+    s.everything([("tiny-opt", (1, 4))], with_ops=True, with_steps=True)
+    assert "floors (memory)" in s.left_out and s.step_rows and not s.op_rows
+    assert sum("(no floors)" in text for text in s.left_out) == len(ops.cases(SMALL, "cpu"))
+
+
 def test_a_lost_device_ends_the_run_and_keeps_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,7 +533,7 @@ def test_a_lost_device_ends_the_run_and_keeps_the_numbers(
     monkeypatch.setitem(_registry.backends()["cpp"].kernels, "linear", gone)
     s.everything([("tiny-opt", (2, 4))], with_ops=True, with_steps=True)
     assert "the device is lost after linear" in s.failed[-1]
-    assert {r["op"] for r in s.op_rows} == {"update_"}
+    assert {r["op"] for r in s.op_rows} == {"update_", "displace", "project"}
     assert {r["case"] for r in s.step_rows} >= {steps.STEP}
     assert len(harness.read_rows(s.files[0])) == len(s.op_rows)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-import zokernels as zo
 from bench.gpu.machine import Machine
 from bench.gpu.sizes import Sizes
 
@@ -41,12 +40,16 @@ def _product(machine: Machine, n: int) -> float:
 
 
 def measure(machine: Machine, sizes: Sizes) -> Floors:
-    """Copy, multiply and draw: sizes several times the second-level cache."""
-    n, noise = sizes.square, {}
+    """Copy and multiply: sizes several times the second-level cache. No noise yet."""
+    n = sizes.square
     copied, multiplied = _copy(machine, sizes.copy), _product(machine, n)
-    for distribution in zo.noise.DISTRIBUTIONS:
-        found = machine.drawing(sizes.draws, distribution)
-        if found is not None:
-            run, count = found
-            noise[distribution] = count / (machine.time(run).median / 1e3)
-    return Floors(2e3 * sizes.copy / copied, 2e3 * n**3 / multiplied, noise)
+    return Floors(2e3 * sizes.copy / copied, 2e3 * n**3 / multiplied, {})
+
+
+def generator(machine: Machine, sizes: Sizes, distribution: str) -> float | None:
+    """Values of noise a second, or None where there is no bare generator."""
+    found = machine.drawing(sizes.draws, distribution)
+    if found is None:
+        return None
+    run, count = found
+    return count / (machine.time(run).median / 1e3)

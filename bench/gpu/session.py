@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
+import zokernels as zo
 from bench import harness, models
 from bench.gpu import choice, floors, ops, report, steps
 from bench.gpu.machine import Machine, setting
@@ -112,7 +113,17 @@ class Session:
 
     def measure_floors(self) -> None:
         """The rates everything is held against."""
-        found = self.floors = floors.measure(self.machine, self.sizes)
+        found = self._guarded("floors", lambda: floors.measure(self.machine, self.sizes))
+        if found is None:
+            return
+        for distribution in zo.noise.DISTRIBUTIONS:
+            rate = self._guarded(
+                f"bare generator, {distribution}",
+                lambda d=distribution: floors.generator(self.machine, self.sizes, d),
+            )
+            if rate is not None:
+                found.noise[distribution] = rate
+        self.floors = found
         report.console.print(
             f"copy {found.bandwidth / 1e12:.3g} TB/s, bf16 {found.flops / 1e12:.3g} TFLOP/s, "
             + ", ".join(f"{d} {r / 1e9:.3g} G/s" for d, r in found.noise.items())
@@ -130,18 +141,30 @@ class Session:
         Returns:
             The cases there was no time for.
         """
+        if self.floors is None:
+            self.left_out += [f"{case.label} (no floors)" for case in cases]
+            return []
         done = 0
         fresh: list[harness.Row] = []
-        for case in cases:
-            if self.left() < max(until, 0.0) + LEAST:
-                break
-            fresh += self._guarded(case.label, lambda case=case: self._op(case)) or []
-            done += 1
+        try:
+            for case in cases:
+                if self.left() < max(until, 0.0) + LEAST:
+                    break
+                fresh += self._guarded(case.label, lambda case=case: self._op(case)) or []
+                done += 1
+                if len(fresh) >= 40:
+                    self._keep(fresh)
+        finally:
+            self._keep(fresh)
+        return list(cases[done:])
+
+    def _keep(self, fresh: list[harness.Row]) -> None:
+        """Show and store rows, and empty the list."""
         if fresh:
             self.op_rows += fresh
             report.show("ops", fresh, report.OP_COLUMNS)
+            fresh.clear()
             self.write()
-        return list(cases[done:])
 
     def _backends(self, case: ops.OpCase) -> list[str]:
         """Those that have the op and are to be timed at it."""
