@@ -117,7 +117,7 @@ def test_the_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
         f"torch.ops.load_library({str(library)!r})\n"
         "ops = torch.ops.zokernels_cuda\n"
         "assert ops.table_bytes(3) == 3 * ops.table_bytes(1) > 0\n"
-        "for op in ('displace_', 'update_', 'project_', 'linear_', 'displace_vectors_'):\n"
+        "for op in ('update_', 'project_', 'linear_', 'sparse_correct_', 'sparse_rows_'):\n"
         "    getattr(ops, op)\n"
         "assert ops.has_sm90a() is False  # built for 80 alone\n"
         "from zokernels import _load\n"
