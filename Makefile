@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check

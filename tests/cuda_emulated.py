@@ -7,6 +7,7 @@ the GPU. What a device does with the instructions themselves is not tested here.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from zokernels._cuda_ops import Native
 
@@ -55,15 +57,29 @@ def build(output: Path, *flags: str) -> None:
 
 @functools.cache
 def library() -> Path:
-    """The emulated library, loaded: ZOKERNELS_CUDA_EMULATED, or built once a run."""
+    """The emulated library, loaded: ZOKERNELS_CUDA_EMULATED, or built once for all processes."""
     given = os.environ.get("ZOKERNELS_CUDA_EMULATED")
     if given:
         output = Path(given)
     else:
-        output = Path(tempfile.mkdtemp(prefix="zokernels-")) / "_zokernels_cuda_emulated.so"
-        build(output)
+        folder = Path(tempfile.gettempdir()) / f"zokernels-emulated-{_digest()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        output = folder / "_zokernels_cuda_emulated.so"
+        with FileLock(folder / "lock"):
+            if not output.exists():
+                build(folder / "partial.so")
+                (folder / "partial.so").rename(output)
     torch.ops.load_library(str(output))
     return output
+
+
+def _digest() -> str:
+    """Of everything that the library is made from."""
+    digest = hashlib.sha256(f"{torch.__version__} {compiler()} {os.getuid()}".encode())
+    headers = SOURCES.parent.glob("*.h")
+    for path in sorted([*SOURCES.iterdir(), *headers, Path(__file__)]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def native(multiprocessors: int = 4) -> Native:
