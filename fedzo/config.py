@@ -43,7 +43,7 @@ _NAMES = {
 }
 
 # Fields that may differ when a run goes on: they do not change what is computed.
-FREE_ON_RESUME = frozenset({"output", "resume", "tensorboard", "rounds", "plots"})
+FREE_ON_RESUME = frozenset({"output", "resume", "tensorboard", "rounds", "plots", "patience"})
 
 
 def _field(panel: str, default: Any, description: str, **limits: Any) -> Any:
@@ -152,6 +152,9 @@ class RunConfig(BaseModel):
     output: str = _field(RUN, "runs/fedzo", "Folder of the results.", min_length=1)
     resume: bool = _field(RUN, False, "Go on with the run in --output.")
     eval_every: int = _field(RUN, 10, "Rounds between held-out scores; 0: only at the end.", ge=0)
+    patience: int = _field(
+        RUN, 0, "Stop after so many rounds without a better held-out loss; 0: never.", ge=0
+    )
     checkpoint_every: int = _field(RUN, 1, "Rounds between checkpoints.", ge=1)
     eval_batch_size: int = _field(RUN, 64, "Held-out examples at once.", ge=1)
     tensorboard: bool = _field(RUN, False, "Also write TensorBoard events (needs tensorboard).")
@@ -175,6 +178,8 @@ class RunConfig(BaseModel):
                 f"clients_per_round must be at most the {self.clients} clients; "
                 f"got {self.clients_per_round}"
             )
+        if self.patience and not self.eval_every:
+            raise ValueError(f"patience must be 0 where eval_every is 0; got {self.patience}")
         if self.task not in (*TEMPLATES, "custom", "auto"):
             raise ValueError(
                 f"task must be one of {', '.join((*TEMPLATES, 'custom', 'auto'))}; "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -118,11 +119,26 @@ def run(config: RunConfig, watch: Watch = lambda row: None) -> Result:
             watch(rows.rows[-1])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=FutureWarning)
-            for record in federation.run(config.rounds):
+            rounds = federation.run(config.rounds)
+            while not out_of_patience(config.patience, rows.rows):
+                record = next(rounds, None)
+                if record is None:
+                    break
                 _round(config, rows, watch, model, task, record)
+        if federation.round < config.rounds:
+            federation.save(checkpoint)
         result = _result(config, federation, model, rows.rows)
     _write(folder / RESULT, dataclasses.asdict(result))
     return result
+
+
+def out_of_patience(patience: int, rows: Sequence[metrics.Row]) -> bool:
+    """Whether the held-out loss has not become better for so many rounds (0: for ever)."""
+    if not patience or not rows or rows[-1].get("eval_loss") is None:
+        return False
+    losses = {r["round"]: r["eval_loss"] for r in rows if r.get("eval_loss") is not None}
+    best = min(losses, key=lambda n: losses[n] if math.isfinite(losses[n]) else math.inf)
+    return bool(rows[-1]["round"] - best >= patience)
 
 
 def fetched(config: RunConfig) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -139,6 +140,40 @@ def test_resume_on_the_command_line_needs_only_the_folder(place, tmp_path):
     assert result.exit_code == 0, result.output
     assert experiment.read_result(out).rounds == 3
     assert "holds no run" in invoke("run", "--resume", "--output", tmp_path / "no").stderr
+
+
+def test_patience_ends_a_run_that_gets_no_better(place, tmp_path):
+    out = tmp_path / "run"
+    values = fields(place, out, rounds=20, eval_every=1, checkpoint_every=9, patience=2, lr=3.0)
+    done = experiment.run(build(RunConfig, values))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval_loss"] for row in rows]
+    assert done.rounds == losses.index(min(losses)) + 2 < 20
+    again = invoke("run", "--resume", "--output", out)
+    assert again.exit_code == 0, again.output
+    same = experiment.read_result(out)
+    assert same == dataclasses.replace(done, memory=same.memory)
+    assert invoke("run", "--resume", "--output", out, "--patience", "4").exit_code == 0
+    assert experiment.read_result(out).rounds >= done.rounds + 2
+    with pytest.raises(UserError, match="patience must be 0 where eval_every is 0; got 2"):
+        build(RunConfig, {**values, "eval_every": 0})
+
+
+@pytest.mark.parametrize(
+    ("losses", "ends"),
+    [
+        ([3.0, 2.0, 2.5, 2.5], True),
+        ([3.0, 2.0, 2.5, None], False),  # not scored: the run ends where it is scored
+        ([3.0, 2.0, None, 1.9], False),
+        ([3.0, float("nan"), float("inf"), 2.9], False),
+        ([float("nan"), 5.0, 5.0, 5.0], True),
+        ([], False),
+    ],
+)
+def test_out_of_patience(losses, ends):
+    rows = [{"round": i, "eval_loss": loss} for i, loss in enumerate(losses)]
+    assert experiment.out_of_patience(2, rows) is ends
+    assert not experiment.out_of_patience(0, rows)
 
 
 def test_compare_makes_one_table_and_one_plot(place, tmp_path, monkeypatch):
