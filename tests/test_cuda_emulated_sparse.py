@@ -77,17 +77,17 @@ def test_nothing_waits_or_is_kept_while_a_graph_is_recorded(
     monkeypatch.setattr(_cuda_sparse, "check_index", lambda *a: pytest.fail("waits"))
     indices = torch.tensor([3, 14, 15, 92])
     inside = masked_product(ops, indices, True)
-    assert len(ops._sparse._lists._known) == 0
+    assert len(ops._sparse._lists) == 0
     monkeypatch.undo()
     recording = False
     suite.same(masked_product(ops, indices, True), inside)
-    assert len(ops._sparse._lists._known) == 1
+    assert len(ops._sparse._lists) == 1
 
 
 def test_lists_are_forgotten_with_their_tensors() -> None:
     ops = cuda_emulated.native()
     masked_product(ops, torch.tensor([3, 14]), True)
-    assert len(ops._sparse._lists._known) == 0
+    assert len(ops._sparse._lists) == 0
     with torch.inference_mode():  # whose tensors count no versions
         indices = torch.tensor([3, 14])
         first = masked_product(ops, indices, True)

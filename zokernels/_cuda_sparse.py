@@ -11,33 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from zokernels._native import DISTRIBUTION, check_index, written
-
-
-class _Lists:
-    """What is known of lists of indices, as long as they live and are not written to."""
-
-    def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()
-
-    def get(self, indices: Tensor, key: object, make: Callable[[], Any], *, keep: bool) -> Any:
-        """``make()``, or what it gave for this list and ``key`` before. Versions of inference
-        tensors are not counted, so that nothing is kept of them.
-        """
-        if indices.is_inference():
-            return make()
-        known = self._known.get(indices)
-        if known is None or known[0] != indices._version:
-            known = (indices._version, {})
-        if key not in known[1]:
-            value = make()
-            if not keep:
-                return value
-            known[1][key] = value
-            self._known[indices] = known
-        return known[1][key]
+from zokernels._native import DISTRIBUTION, ByList, check_index, written
 
 
 class Sparse:
@@ -67,7 +42,7 @@ class Sparse:
         self._table = table
         self._stream = stream
         self._capturing = capturing
-        self._lists = _Lists()
+        self._lists = ByList()
 
     def _check(self, indices: Tensor, size: int) -> None:
         if self._capturing():

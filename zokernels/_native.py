@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
 
 # As in csrc/cpu/kernels.h and csrc/cuda/kernels.h.
 DISTRIBUTION = {"gaussian": 0, "rademacher": 1}
@@ -23,3 +29,36 @@ def check_index(name: str, index: Tensor, size: int, also: str = "") -> None:
         raise IndexError(
             f"{name} must be in [0, {size}){also}; got values from {low} to {high}"
         ) from None
+
+
+class ByList:
+    """What was worked out from lists of indices, as long as they live and are not written to."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, indices: Tensor, key: object, make: Callable[[], T], *, keep: bool) -> T:
+        """``make()``, or what it gave for this list and ``key`` before.
+
+        Args:
+            keep: False while a CUDA graph is recorded: what is made then lives in its memory.
+
+        Writes to inference tensors are not counted, so nothing is kept of them.
+        """
+        if indices.is_inference():
+            return make()
+        values: dict[object, Any] = {}
+        known = self._known.get(indices)
+        if known is not None and known[0] == indices._version:
+            values = known[1]
+        if key not in values:
+            value = make()
+            if not keep:
+                return value
+            values[key] = value
+            self._known[indices] = (indices._version, values)
+        found: T = values[key]
+        return found

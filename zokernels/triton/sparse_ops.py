@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from zokernels._native import written
+from zokernels._native import ByList, written
 from zokernels.noise import matrix_shape
 from zokernels.triton import sparse as _sparse
 from zokernels.triton.launch import cdiv, flag, indexed, launch, reachable, signed32
@@ -49,23 +48,17 @@ class _Layout:
     rank: Tensor | None
 
 
-# Of a list: (shape of the weight, transposed) -> (version of the list, its layout).
-_layouts = WeakTensorKeyDictionary()
+_layouts = ByList()
 
 
 def _layout(indices: Tensor, shape: torch.Size, transposed: bool) -> _Layout:
     """The layout of a list in a weight of this shape. Nothing waits for the device."""
-    version = -1 if indices.is_inference() else indices._version
-    known = _layouts.get(indices) or {}
-    found = known.get((shape, transposed))
-    if found is not None and found[0] == version:
-        layout: _Layout = found[1]
-        return layout
-    made = _laid_out(indices, shape, transposed)
-    # In a CUDA graph it is a part of the graph; in inference mode changes of the list go unseen.
-    if version >= 0 and not capturing(indices.device):
-        _layouts[indices] = {**known, (shape, transposed): (version, made)}
-    return made
+    return _layouts.get(
+        indices,
+        (shape, transposed),
+        lambda: _laid_out(indices, shape, transposed),
+        keep=not capturing(indices.device),
+    )
 
 
 def _laid_out(indices: Tensor, shape: torch.Size, transposed: bool) -> _Layout:
