@@ -98,8 +98,8 @@ struct ProductArgs {
   const float* x = nullptr;  // packed, [branches or 1] times packed_words
   bool shared = false;       // one x for all branches
   int64_t tokens = 0;
-  int64_t fill = kMicroRows;     // rows displaced at a time, a multiple of kMicroRows
-  const Micro* micro = nullptr;  // by number of vectors; null: float32
+  int64_t fill = kMicroRows;           // rows displaced at a time, a multiple of kMicroRows
+  const Micro* micro = nullptr;        // by number of vectors; null: float32
   const UpdateArgs* update = nullptr;  // made of the weights, in place, before they are displaced
 
   int64_t packed_words() const {

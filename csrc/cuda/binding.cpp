@@ -462,7 +462,8 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
       "Tensor(b!)? partial, int param_id, int row_offset, int col_offset, int distribution, "
       "bool shared, int stream) -> ()");
   m.def(
-      "linear_sm90_parts(int rows, int cols, int tokens, int branches, int multiprocessors) -> int");
+      "linear_sm90_parts(int rows, int cols, int tokens, int branches, int multiprocessors) -> "
+      "int");
   m.def("has_sm90a() -> bool");
   m.def("table_bytes(int count) -> int");
 }

@@ -109,8 +109,8 @@ struct VectorArgs {
   bool less_held = false;
 };
 
-// y[g, t, o] = round(plain[g, t, o] + sum_e difference[g, e] x[g, t, i] + bias[g, o]), e the elements
-// (o, i) of a mask in order; y may be plain.
+// y[g, t, o] = round(plain[g, t, o] + sum_e difference[g, e] x[g, t, i] + bias[g, o]), e the
+// elements (o, i) of a mask in order; y may be plain.
 struct CorrectArgs {
   DType dtype = DType::f32;  // of x, plain and y
   const char* plain = nullptr;
@@ -199,8 +199,8 @@ const char* displace_vectors(const VectorArgs&, void* stream);
 const char* sparse_update(const VectorArgs&, void* stream);
 const char* sparse_correct(const CorrectArgs&, void* stream);
 const char* sparse_rows(const RowsArgs&, void* stream);
-// Into how many parts of the columns a product is split, and the product. `partial`: float32 [parts,
-// branches, tokens, rows] unless parts is 1.
+// Into how many parts of the columns a product is split, and the product. `partial`: float32
+// [parts, branches, tokens, rows] unless parts is 1.
 int linear_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches, int multiprocessors);
 const char* linear(const LinearArgs&, float* partial, int parts, void* stream);
 // The same for float32 weights and up to kFewTokens tokens a branch, without a pending update.
@@ -209,9 +209,9 @@ int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiproc
 const char* linear_few(const LinearArgs&, float* partial, int parts, void* stream);
 // y = the parts' sums, in order, and the bias.
 const char* add_parts(const LinearArgs&, const float* partial, int parts, void* stream);
-// The same by wgmma, for devices of compute capability 9.0: whether this build has it; into how many
-// parts of the columns a product is split; and the product, without a pending update. `partial`:
-// [parts, branches, tokens, rows] unless parts is 1.
+// The same by wgmma, for devices of compute capability 9.0: whether this build has it; into how
+// many parts of the columns a product is split; and the product, without a pending update.
+// `partial`: [parts, branches, tokens, rows] unless parts is 1.
 bool has_sm90a();
 int linear_sm90_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
                       int multiprocessors);

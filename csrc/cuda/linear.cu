@@ -37,9 +37,9 @@
 // would not be cheaper: a product of 16 x 8 weights and its load are 0.5 instructions a weight for
 // up to 8 tokens of both branches. With NT = 1 a weight costs 51 (Rademacher 27): 39 (15) the noise
 // and its two fma, 10 unpacking, packing and products, 2 copies and loops; NT = 4 spends 52 on the
-// same tokens. By fma, linear_few.cu's loop has 52 at one token and 71 at eight in float32, and here
-// 4 more to round to 16 bits and to unpack again: 56 to 75. So 16-bit weights stay with mma at any
-// number of tokens: 1.2 (2.2) TB/s on an H200 by the same arithmetic, whatever the tokens.
+// same tokens. By fma, linear_few.cu's loop has 52 at one token and 71 at eight in float32, and
+// here 4 more to round to 16 bits and to unpack again: 56 to 75. So 16-bit weights stay with mma at
+// any number of tokens: 1.2 (2.2) TB/s on an H200 by the same arithmetic, whatever the tokens.
 //
 // `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
 // update of the last step costs its noise and no pass over memory of its own.
@@ -138,9 +138,11 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
   const int tokens = static_cast<int>(a.tokens), cols = static_cast<int>(a.w.cols);
   const int token0 = static_cast<int>(dev::block_y()) * (8 * NT);
   const auto part = static_cast<uint32_t>(dev::block_z()) % static_cast<uint32_t>(split.parts);
-  const int64_t first = static_cast<uint32_t>(dev::block_z()) / static_cast<uint32_t>(split.parts) * 2;
+  const int64_t first =
+      static_cast<uint32_t>(dev::block_z()) / static_cast<uint32_t>(split.parts) * 2;
   const int begin = static_cast<int>(part) * split.halves_each;
-  const int end = begin + split.halves_each < split.halves ? begin + split.halves_each : split.halves;
+  const int end =
+      begin + split.halves_each < split.halves ? begin + split.halves_each : split.halves;
   const bool two = first + 1 < a.branches;
   char* const mine = dev::shared() + dev::thread() * 16;
 

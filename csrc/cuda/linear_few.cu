@@ -10,18 +10,18 @@
 // Block: 8 warps, 16 outputs. Grid: outputs, pairs of branches times parts of the columns; several
 // parts where outputs do not reach every multiprocessor often enough.
 //
-// Ceiling, from the machine code for sm_80 with one seed. A weight costs 52 instructions at one token
-// and 71 at eight with Gaussian noise: 40 the noise and its two fma, 8 loads, copies and loops, and
-// 2.9 a token, 2 of them the fma; with Rademacher noise 27 and 47. A multiprocessor issues 128 a
-// cycle: 2.5 to 1.8 weights, 9.8 to 7.2 bytes, a cycle (Rademacher 19 to 11): 2.3 to 1.7 TB/s of
-// weights on 132 multiprocessors at 1.8 GHz with 4.8 TB/s of memory bandwidth (Rademacher 4.5 to
-// 2.6). Through scratch tiles a weight takes 39 (11) instructions and 16 bytes written and read
-// again by the vendor's product: at the 24 bytes a cycle that the second cache gives a
-// multiprocessor, 0.97 (0.75) cycles against 0.41 to 0.55 (0.21 to 0.37) here. (Arithmetic, not
-// measurements.)
+// Ceiling, from the machine code for sm_80 with one seed. A weight costs 52 instructions at one
+// token and 71 at eight with Gaussian noise: 40 the noise and its two fma, 8 loads, copies and
+// loops, and 2.9 a token, 2 of them the fma; with Rademacher noise 27 and 47. A multiprocessor
+// issues 128 a cycle: 2.5 to 1.8 weights, 9.8 to 7.2 bytes, a cycle (Rademacher 19 to 11): 2.3
+// to 1.7 TB/s of weights on 132 multiprocessors at 1.8 GHz with 4.8 TB/s of memory bandwidth
+// (Rademacher 4.5 to 2.6). Through scratch tiles a weight takes 39 (11) instructions and 16 bytes
+// written and read again by the vendor's product: at the 24 bytes a cycle that the second cache
+// gives a multiprocessor, 0.97 (0.75) cycles against 0.41 to 0.55 (0.21 to 0.37) here. (Arithmetic,
+// not measurements.)
 //
-// Transposed weights, whose outputs lie along the noise's groups, have no such product: a lane would
-// hold sums of 16 outputs for every token and branch.
+// Transposed weights, whose outputs lie along the noise's groups, have no such product: a lane
+// would hold sums of 16 outputs for every token and branch.
 #include "access.h"
 #include "launch.h"
 
@@ -56,8 +56,7 @@ ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int col,
         if (!inside && col + 64 * j >= cols) continue;
         const Vec16 v = dev::load16(x + 256 * j);
         ZK_UNROLL
-        for (int i = 0; i < 4; ++i)
-          sum[g][t] = fma32(bits_float(v.w[i]), acc[g][j][i], sum[g][t]);
+        for (int i = 0; i < 4; ++i) sum[g][t] = fma32(bits_float(v.w[i]), acc[g][j][i], sum[g][t]);
       }
       x += static_cast<uint32_t>(cols) * 4u;
     }
@@ -70,11 +69,13 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2)
   const int lane = dev::thread() % 32, own = lane % 16, l = own * 4;
   const int64_t n = dev::block_x() * kOutputs + dev::thread() / 16;
   const auto part = static_cast<uint32_t>(dev::block_z()) % static_cast<uint32_t>(split.parts);
-  const int64_t first = static_cast<uint32_t>(dev::block_z()) / static_cast<uint32_t>(split.parts) * 2;
+  const int64_t first =
+      static_cast<uint32_t>(dev::block_z()) / static_cast<uint32_t>(split.parts) * 2;
   const bool two = first + 1 < a.branches;
   const int tokens = static_cast<int>(a.tokens), cols = static_cast<int>(a.w.cols);
   const int begin = static_cast<int>(part) * split.groups_each;
-  const int end = begin + split.groups_each < split.groups ? begin + split.groups_each : split.groups;
+  const int end =
+      begin + split.groups_each < split.groups ? begin + split.groups_each : split.groups;
   const uint32_t noise_row = a.place.row_offset + static_cast<uint32_t>(n);
   const char* const weights = a.w.data + (n < a.w.rows ? n : 0) * a.w.row_stride * 4;
 
@@ -159,8 +160,8 @@ int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each;
 }  // namespace
 
 // Time is waves of blocks, each as long as its groups (eight warps: 1500 to 2100 issue cycles with
-// Gaussian noise) and half a group for its beginning and end. A second launch adds three groups, and
-// sums of parts are written and read again.
+// Gaussian noise) and half a group for its beginning and end. A second launch adds three groups,
+// and sums of parts are written and read again.
 int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors) {
   const int64_t groups = blocks_of(cols, kGaussianGroup);
   const int64_t blocks = blocks_of(rows, kOutputs) * blocks_of(branches, 2);
@@ -192,9 +193,9 @@ const char* linear_few(const LinearArgs& a, float* partial, int parts, void* str
   const auto kernel = a.distribution == Distribution::gaussian
                           ? linear_few_kernel<Distribution::gaussian>
                           : linear_few_kernel<Distribution::rademacher>;
-  const char* error = launch(kernel, blocks_of(a.w.rows, kOutputs), 1,
-                             blocks_of(a.branches, 2) * parts, kThreads, 0, stream, a, split,
-                             parts > 1 ? partial : nullptr);
+  const char* error =
+      launch(kernel, blocks_of(a.w.rows, kOutputs), 1, blocks_of(a.branches, 2) * parts, kThreads,
+             0, stream, a, split, parts > 1 ? partial : nullptr);
   return error || parts == 1 ? error : add_parts(a, partial, parts, stream);
 }
 

@@ -2,10 +2,11 @@
 //
 //   y[g, t, o] = round(plain[g, t, o] + sum_e d[g, e] x[g, t, i(e)] + bias[g, o])
 //
-// `plain` is torch's product of all branches with the weight as it is stored, d the displaced values
-// of the mask less what the weight holds (vectors.cu), both float32 from here on: the correction
-// keeps its low bits and is rounded once. The elements of an output, (o, i) -> o * inputs + i, are
-// neighbours in the sorted list; their sum begins at zero and goes by the list, one fma an element.
+// `plain` is torch's product of all branches with the weight as it is stored, d the displaced
+// values of the mask less what the weight holds (vectors.cu), both float32 from here on: the
+// correction keeps its low bits and is rounded once. The elements of an output, (o, i) -> o *
+// inputs + i, are neighbours in the sorted list; their sum begins at zero and goes by the list, one
+// fma an element.
 //
 // Block: 64 outputs x 64 tokens of one branch. A warp owns 8 of the outputs. It finds their first
 // element by a search with 32 probes a step, takes the list 32 elements at a time, one a lane, and
@@ -16,13 +17,14 @@
 // Grid: outputs, tokens, branches.
 //
 // An element costs 38 instructions for 64 tokens in the machine code for sm_80: two loads of x, two
-// fma, two loads and stores of shared memory, three shuffles, the rest addresses; and 3 its place in
-// the weight. A load is one run of adjacent bytes where tokens lie next to each other (x_token_stride
-// = 1), 32 runs where columns do: the caller transposes x when the elements are many enough to pay
-// for it. Work is nnz * tokens and
-// one pass over the y that is met; a block that meets no element and has nothing to add returns.
+// fma, two loads and stores of shared memory, three shuffles, the rest addresses; and 3 its place
+// in the weight. A load is one run of adjacent bytes where tokens lie next to each other
+// (x_token_stride = 1), 32 runs where columns do: the caller transposes x when the elements are
+// many enough to pay for it. Work is nnz * tokens and one pass over the y that is met; a block that
+// meets no element and has nothing to add returns.
 //
-// Source: the sparse products of Meerkat (arXiv 2506.03337) have no public kernel; this one is ours.
+// Source: the sparse products of Meerkat (arXiv 2506.03337) have no public kernel; this one is
+// ours.
 #include "access.h"
 #include "launch.h"
 
@@ -63,7 +65,8 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) sparse_correct_kernel(const CorrectArgs a)
 
   const auto inputs = static_cast<uint32_t>(a.inputs);
   const int64_t from = (o0 + warp * kOwn) * a.inputs;
-  const int64_t end = (o0 + warp * kOwn + kOwn) * a.inputs;  // past the outputs: no element is there
+  const int64_t end =
+      (o0 + warp * kOwn + kOwn) * a.inputs;  // past the outputs: no element is there
   const bool inside[2] = {t0 + lane < a.tokens, t0 + lane + 32 < a.tokens};
   const int64_t x0 = branch * a.x_branch_stride + (t0 + lane) * a.x_token_stride;
   const int64_t x_half = 32 * a.x_token_stride;
@@ -92,7 +95,8 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) sparse_correct_kernel(const CorrectArgs a)
         const int64_t place = x0 + dev::from_lane(input, j + i) * a.x_column_stride;
         ZK_UNROLL
         for (int half = 0; half < 2; ++half)
-          v[i][half] = j + i < here && inside[half] ? load_one(a.x, place + half * x_half, T) : 0.0f;
+          v[i][half] =
+              j + i < here && inside[half] ? load_one(a.x, place + half * x_half, T) : 0.0f;
       }
       ZK_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
@@ -153,8 +157,8 @@ const char* sparse_correct(const CorrectArgs& a, void* stream) {
                       : a.dtype == DType::bf16 ? sparse_correct_kernel<DType::bf16>
                                                : sparse_correct_kernel<DType::f16>;
   return launch(kernel, (a.outputs + kOutputs - 1) / kOutputs, (a.tokens + kTokens - 1) / kTokens,
-                a.branches, kThreads, kOutputs * kRow * sizeof(float) + kWarps * sizeof(int), stream,
-                a);
+                a.branches, kThreads, kOutputs * kRow * sizeof(float) + kWarps * sizeof(int),
+                stream, a);
 }
 
 const char* sparse_rows(const RowsArgs& a, void* stream) {
