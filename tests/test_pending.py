@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import zokernels as zo
 from zokernels import _registry, deferred, graphs
+from zokernels.lazy import State
 
 BACKENDS = ["cpp", "reference", "cuda_emulated"]
 
@@ -31,15 +32,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parameters that products updated."""
     taken: list[str] = []
-    take = zo.pending.PendingUpdate.take
+    made = State.made
 
-    def counting(self: zo.pending.PendingUpdate, name: str) -> zo.pending.PendingTerm | None:
-        term = take(self, name)
-        if term is not None:
-            taken.append(name)
-        return term
+    def counting(self: State, name: str) -> None:
+        taken.append(name)
+        made(self, name)
 
-    monkeypatch.setattr(zo.pending.PendingUpdate, "take", counting)
+    monkeypatch.setattr(State, "made", counting)
     return taken
 
 
@@ -209,6 +208,25 @@ def test_an_error_in_an_evaluation_loses_nothing(
         opt.step(batch, fails)
     assert settled(model, want)
     assert opt.num_steps == 2
+
+
+def test_an_error_in_a_product_loses_nothing(
+    waiting: tuple[nn.Module, zo.MeZO, list[Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt, want, batch = waiting
+    kernels, calls = _registry.backends()["cpp"].kernels, []
+
+    def fails(*args: object) -> object:
+        calls.append(args)
+        raise torch.OutOfMemoryError("of the device")
+
+    with monkeypatch.context() as patched:
+        patched.setitem(kernels, "update_linear_", fails)
+        patched.setattr(_registry, "_table", {})
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step(batch)
+    assert calls
+    assert settled(model, want)
 
 
 def test_other_selections_and_optimizers(fused: list[str]) -> None:

@@ -113,12 +113,19 @@ class PendingUpdate:
         kinds = {p.device.type for p, _ in self._waiting.values()}
         return self._evaluating and all(_fuses(kind) for kind in kinds)
 
-    def take(self, name: str) -> PendingTerm | None:
-        """The term of a parameter; the caller applies it."""
-        found = self._waiting.pop(name, None)
-        if not self._waiting:
-            self._unhook()
+    def get(self, name: str) -> PendingTerm | None:
+        """The term that waits for a parameter. Who makes it says so by :meth:`done`."""
+        found = self._waiting.get(name)
         return None if found is None else found[1]
+
+    def done(self, names: Iterable[str]) -> None:
+        """The update of these parameters is made."""
+        for name in names:
+            del self._waiting[name]
+        if not self._waiting:
+            for remove in self._hooks:
+                remove()
+            self._hooks = []
 
     def holds(self, terms: Mapping[str, PendingTerm]) -> bool:
         """Whether it is exactly this update."""
@@ -144,20 +151,12 @@ class PendingUpdate:
                 term.distribution,
                 term.rounding,
             )
-            for p in params:
-                del self._waiting[p.name]
-        if not self._waiting:
-            self._unhook()
+            self.done(p.name for p in params)
 
     def settle(self) -> None:
         """Make the update, unless an evaluation is making it."""
         if not self._evaluating:
             self.make()
-
-    def _unhook(self) -> None:
-        for remove in self._hooks:
-            remove()
-        self._hooks = []
 
 
 def _fuses(device: str) -> bool:

@@ -115,23 +115,33 @@ class State:
         self._kept.append(tensor)
         return tensor
 
-    def terms(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Seeds and coefficients of a parameter, on its device."""
+    def terms(
+        self, name: str, device: torch.device, *, updated: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Seeds and coefficients of a parameter, on its device.
+
+        A pending update of it is made first, unless the caller does that (``updated=False``).
+        """
         if self.seeds is None or self.coeffs is None:
             raise RuntimeError(
                 f"parameter {name!r} is a displaced view that was kept after its evaluation ended: "
                 f"do not store parameters inside the evaluated function"
             )
-        if self._pending is not None and name in self._pending:
+        if updated and self._pending is not None and name in self._pending:
             self._pending.make({name})
         self.touched.add(name)
         return self._scaled_terms(device, self.scale.get(name, 1.0))
 
-    def take_pending(self, name: str) -> PendingTerm | None:
-        """What a product of a whole matrix has to apply to it first; asked before ``terms``."""
+    def pending_term(self, name: str) -> PendingTerm | None:
+        """What a product of a whole matrix could apply to it first; asked before :meth:`terms`."""
         if name not in self.touched:
             self._seen.add(name)
-        return None if self._pending is None else self._pending.take(name)
+        return None if self._pending is None else self._pending.get(name)
+
+    def made(self, name: str) -> None:
+        """A parameter's pending update is made."""
+        assert self._pending is not None
+        self._pending.done([name])
 
     def _scaled_terms(self, device: torch.device, scale: Scale) -> tuple[Tensor, Tensor]:
         assert self.seeds is not None and self.coeffs is not None
@@ -313,8 +323,8 @@ class LazyParameter(Tensor):
         transposed = self.transposed ^ flip
         term = None
         if not transposed and self.whole_matrix:
-            term = self.state.take_pending(self.parameter)
-        seeds, coeffs = self.state.terms(self.parameter, self.matrix.device)
+            term = self.state.pending_term(self.parameter)
+        seeds, coeffs = self.state.terms(self.parameter, self.matrix.device, updated=term is None)
         if bias is not None and bias.dim() == 1:
             bias = bias.expand(coeffs.shape[0], -1)
         place = (self.param_id, self.row_offset, 0, self.state.distribution)
@@ -324,6 +334,7 @@ class LazyParameter(Tensor):
         else:
             last = (term.seed, term.coeff, term.decay, term.rounding)
             y = _ops.update_linear_(x, self.matrix, bias, seeds, coeffs, *last, *place, shared)
+            self.state.made(self.parameter)
         return y
 
     def lookup(self, ids: Tensor, shared: bool) -> Tensor:
