@@ -195,6 +195,23 @@ def test_a_copy_of_the_model_is_refused(
     opt.step(batch)
 
 
+def test_a_capture_is_refused(waiting: tuple[nn.Module, zo.MeZO, list[Tensor], Any]) -> None:
+    model, opt, want, batch = waiting
+
+    def losses(coeffs: Tensor) -> Tensor:
+        view = zo.branches(model, torch.tensor([1]), coeffs)
+        found: Tensor = view(lambda: model(**batch).loss)
+        return found
+
+    table = torch.tensor([[1e-3], [-1e-3]])
+    with pytest.raises(RuntimeError, match=r"call flush\(\) of its optimizer"):
+        zo.capture(losses, table)
+    assert not settled(model, want)
+    opt.flush()
+    assert settled(model, want)
+    zo.capture(losses, table)
+
+
 def test_an_error_in_an_evaluation_loses_nothing(
     waiting: tuple[nn.Module, zo.MeZO, list[Tensor], Any],
 ) -> None:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from zokernels import _registry
@@ -154,8 +155,17 @@ class PendingUpdate:
             self.done(p.name for p in params)
 
     def settle(self) -> None:
-        """Make the update, unless an evaluation is making it."""
-        if not self._evaluating:
+        """Make the update, unless an evaluation is making it.
+
+        Raises:
+            RuntimeError: while a graph is traced: the update would be a part of it.
+        """
+        if self._waiting and not self._evaluating:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "an update of this model is pending: call flush() of its optimizer before the "
+                    "model is compiled or captured"
+                )
             self.make()
 
 
