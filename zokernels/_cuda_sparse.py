@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zokernels._native import DISTRIBUTION, ByList, check_index, written
+from zokernels._native import DISTRIBUTION, ByList, check_index, plain_product, put_back
 
 
 class Sparse:
@@ -125,10 +125,7 @@ class Sparse:
             self._table(len(params), seeds.device),
             self._stream(seeds.device),
         )
-        for param, copy in zip([*params, *shadows], [*dense, *held], strict=True):
-            if copy.data_ptr() != param.data_ptr():
-                param.detach().copy_(copy)
-        written([*params, *shadows])
+        put_back([*params, *shadows], [*dense, *held])
 
     def _by_output(
         self, indices: Tensor, rows: int, cols: int, transposed: bool
@@ -164,12 +161,12 @@ class Sparse:
     ) -> Tensor:
         x, w = x.detach().contiguous(), w.detach()
         bias = None if bias is None else bias.detach()
-        fused, late = (bias, None) if bias is None or bias.dim() == 1 else (None, bias.contiguous())
         branches, count = coeffs.shape[0], indices.numel()
         difference = self._displaced(
             w, indices, shadow, seeds, coeffs, param_id, offset, distribution, True
         )
-        plain = F.linear(x, w.t() if transposed else w, fused).contiguous()
+        plain, late = plain_product(x, w, bias, transposed)
+        plain = plain.contiguous()
         fan_in, fan_out = x.shape[-1], plain.shape[-1]
         y = plain.new_empty((branches, *plain.shape)) if shared else plain
         if y.numel() == 0:

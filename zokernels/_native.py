@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -18,6 +19,25 @@ DISTRIBUTION = {"gaussian": 0, "rademacher": 1}
 def written(tensors: list[Tensor]) -> None:
     """Tell torch what was written behind its back, as an in-place operator would."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def put_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
+    """Tensors as the kernels left them: from their copies, where these have other memory."""
+    for tensor, copy in zip(tensors, copies, strict=True):
+        if copy.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(copy.view(tensor.shape))
+    written(tensors)
+
+
+def plain_product(
+    x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """torch's product with a weight as it is, and the bias that is added after a correction.
+
+    A bias ``[out]`` is in the product, one ``[G, out]`` is left.
+    """
+    early, late = (bias, None) if bias is None or bias.dim() == 1 else (None, bias.contiguous())
+    return F.linear(x, w.t() if transposed else w, early), late
 
 
 def check_index(name: str, index: Tensor, size: int, also: str = "") -> None:

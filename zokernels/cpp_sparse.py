@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zokernels._load import native_library
-from zokernels._native import DISTRIBUTION, check_index, written
+from zokernels._native import DISTRIBUTION, check_index, plain_product, written
 
 native_library("_zokernels_cpu")
 
@@ -92,9 +91,8 @@ def sparse_linear(
     shared: bool,
     transposed: bool,
 ) -> Tensor:
-    fused, late = (bias, None) if bias is None or bias.dim() == 1 else (None, bias.contiguous())
     x = x.contiguous()
-    y = F.linear(x, w.t() if transposed else w, fused)
+    y, late = plain_product(x, w, bias, transposed)
     if shared:
         y = y.expand(coeffs.shape[0], *y.shape).clone(memory_format=torch.contiguous_format)
     y = y.contiguous()

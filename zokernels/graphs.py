@@ -69,6 +69,7 @@ class GraphedStep:
         if sequential:
             raise ValueError("optimizer must not be sequential: a graph holds the stacked branches")
         self._held = self._hold() if optimizer.fuse_update else []
+        self._by_name = {p.name: term for members, term in self._held for p in members}
         self._replay, self._losses = record(self._run, self._warm_up)
 
     @torch.no_grad()
@@ -78,9 +79,7 @@ class GraphedStep:
         for _ in range(3):
             self._wait()
             losses = self.optimizer._evaluate(self._functions, self._inputs.seeds, None)
-        move = self._keep if self._held else None
-        nothing = torch.full_like(losses, torch.nan)
-        self.optimizer._update_on_device(nothing, self._inputs, None, move)
+        self._update(torch.full_like(losses, torch.nan))
         self._wait()
 
     @torch.no_grad()
@@ -88,9 +87,12 @@ class GraphedStep:
         optimizer = self.optimizer
         losses = optimizer._evaluate(self._functions, self._inputs.seeds, None)
         losses = optimizer._reduce_losses(losses)
-        move = self._keep if self._held else None
-        optimizer._update_on_device(losses, self._inputs, None, move)
+        self._update(losses)
         return losses
+
+    def _update(self, losses: Tensor) -> None:
+        move = self._keep if self._held else None
+        self.optimizer._update_on_device(losses, self._inputs, None, move)
 
     # --- with fuse_update: the graph begins with the update of the last replay and leaves its own
     # in tensors that stay where they are ----------------------------------------------------------
@@ -130,7 +132,7 @@ class GraphedStep:
 
     @property
     def _waits(self) -> bool:
-        return self._pending.holds({p.name: term for own, term in self._held for p in own})
+        return self._pending.holds(self._by_name)
 
     @property
     def _pending(self) -> PendingUpdate:

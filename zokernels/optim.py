@@ -481,9 +481,10 @@ class MeZO(torch.optim.Optimizer):
             and all(p.device.type == "cuda" for p in bound.params)
             and len({p.device for p in bound.params}) == 1
             and all(
-                _registry.serving("update_" if p.masked is None else "sparse_update_", "cuda")
-                != "reference"
-                for p in bound.params
+                _registry.serving(op, "cuda") != "reference"
+                for op in {
+                    "update_" if p.masked is None else "sparse_update_" for p in bound.params
+                }
             )
         )
 
@@ -565,22 +566,22 @@ class MeZO(torch.optim.Optimizer):
     ) -> None:
         """Make the update of a group, or let it wait."""
         bound = self._bound
-        if self.fuse_update and len(seeds) == 1 and isinstance(bound, Binding):
-            alike: dict[torch.device, list[BoundParameter]] = {}
-            for p in members:
-                alike.setdefault(p.tensor.device, []).append(p)
-            if all(p.masked is None for p in members):
-                for device, params in alike.items():
-                    term = PendingTerm(
-                        on(seeds, torch.int64, device),
-                        on(coeffs, torch.float32, device),
-                        None if decay is None else on(decay, torch.float32, device),
-                        self.distribution,
-                        self.rounding,
-                    )
-                    bound.pending.add(params, term)
-                return
-        _targets.update_(members, seeds, coeffs, decay, ends, self.distribution, self.rounding)
+        waits = self.fuse_update and len(seeds) == 1 and all(p.masked is None for p in members)
+        if not waits or not isinstance(bound, Binding):
+            _targets.update_(members, seeds, coeffs, decay, ends, self.distribution, self.rounding)
+            return
+        by_device: dict[torch.device, list[BoundParameter]] = {}
+        for p in members:
+            by_device.setdefault(p.tensor.device, []).append(p)
+        for device, params in by_device.items():
+            term = PendingTerm(
+                on(seeds, torch.int64, device),
+                on(coeffs, torch.float32, device),
+                None if decay is None else on(decay, torch.float32, device),
+                self.distribution,
+                self.rounding,
+            )
+            bound.pending.add(params, term)
 
     def _note(
         self, seeds: tuple[int, ...], rates: tuple[Rates, ...], losses: Tensor, gradients: Tensor

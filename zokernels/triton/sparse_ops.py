@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from zokernels._native import ByList, written
+from zokernels._native import ByList, plain_product, put_back
 from zokernels.noise import matrix_shape
 from zokernels.triton import sparse as _sparse
 from zokernels.triton.launch import cdiv, flag, indexed, launch, reachable, signed32
@@ -197,10 +196,7 @@ def sparse_update_(
                 DECAY=decay is not None,
                 GAUSSIAN=distribution == "gaussian",
             )
-        for given, copy in zip([*params, *shadows], [*matrices, *held], strict=True):
-            if copy.data_ptr() != given.data_ptr():
-                given.detach().copy_(copy.view(given.shape))
-    written([*params, *shadows])
+        put_back([*params, *shadows], [*matrices, *held])
 
 
 # --- products and rows ----------------------------------------------------------------------------
@@ -227,8 +223,7 @@ def sparse_linear(
     lead = x.shape[:-1] if shared else x.shape[1:-1]
     tokens = lead.numel()
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    early, late = (None, bias) if bias is None or bias.dim() == 2 else (bias, None)
-    plain = F.linear(flat, w.t() if transposed else w, early)
+    plain, late = plain_product(flat, w, bias, transposed)
     plain = plain.view(1 if shared else branches, tokens, fan_out)
     rows = flat.view(plain.shape[0], tokens, flat.shape[1])
     y = plain.new_empty((branches, tokens, fan_out)) if shared and branches > 1 else plain
@@ -267,7 +262,7 @@ def _correct(
         launch(
             _sparse.correct_kernel,
             (cdiv(fan_out, _OUTPUTS), cdiv(some.shape[1], tile), branches),
-            *(y[:, part], plain[:, part], some, y if bias is None else bias.contiguous()),
+            *(y[:, part], plain[:, part], some, y if bias is None else bias),
             *(difference, by_output.source, by_output.starts),
             *(some.shape[1], fan_out, count, y.stride(0)),
             *[0 if t.shape[0] == 1 else t.stride(0) for t in (plain, some)],
