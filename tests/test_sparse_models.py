@@ -202,6 +202,30 @@ def test_a_view_of_rows_has_its_part_of_the_noise():
             close(value, model(x))
 
 
+def test_views_under_a_mask_read_their_places_once(monkeypatch):
+    """Only the first step over fused experts looks its elements up (and waits for a device)."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 6, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum((x @ self.up[1:][e].mT).square().mean() for e in range(2))
+
+    model, x, looked_up = Experts(), torch.randn(7, 5), []
+    mask = zo.Mask.random(model, 0.4, seed=1)
+    opt = zo.MeZO(model, lr=1e-2, eps=1e-2, mask=mask)
+    search = torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda *a: looked_up.append(a) or search(*a))
+    counts = []
+    for _ in range(4):
+        opt.step(lambda: model(x))
+        counts.append(len(looked_up))
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 4
+
+
 def test_capture_keeps_one_graph_under_a_mask():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     mask = zo.Mask.random(model, 0.3, seed=1)

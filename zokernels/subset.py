@@ -14,7 +14,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,25 @@ class Masked:
     indices: Tensor
     shadow: Tensor
     digest: str
+    _parts: dict[tuple[int, int], tuple[int, Masked]] = field(default_factory=dict, repr=False)
+
+    def part(self, start: int, stop: int) -> tuple[int, Masked]:
+        """The elements ``start`` to ``stop - 1`` of the parameter, counted from ``start``.
+
+        Where they begin in the list is read back to the host once and kept, so that a step over
+        views of a parameter (fused experts) does not wait for the device.
+
+        Returns:
+            The position in this list of the first of them, and their own list, with a view of the
+            shadow.
+        """
+        found = self._parts.get((start, stop))
+        if found is None:
+            ends = torch.tensor([start, stop], device=self.indices.device)
+            low, high = torch.searchsorted(self.indices, ends).tolist()
+            inside = Masked(self.indices[low:high] - start, self.shadow[low:high], self.digest)
+            found = self._parts[start, stop] = low, inside
+        return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
 from zokernels.lazy.parameter import LazyParameter, State
-from zokernels.subset import BoundParameter
+from zokernels.subset import BoundParameter, Masked
 
 _ops = torch.ops.zokernels
 
@@ -18,12 +18,11 @@ _ops = torch.ops.zokernels
 class MaskedLazyParameter(LazyParameter):
     """A lazy parameter, or a view of its rows, with few elements that move.
 
-    ``elements`` (flat indices) and ``shadow`` are those of the view itself; the first one is
-    element ``offset`` of the parameter's compact vector (:mod:`zokernels.subset`).
+    ``masked`` are the elements of the view itself; the first one is element ``offset`` of the
+    parameter's compact vector (:mod:`zokernels.subset`).
     """
 
-    elements: Tensor
-    shadow: Tensor
+    masked: Masked
     offset: int
 
     @staticmethod
@@ -34,15 +33,14 @@ class MaskedLazyParameter(LazyParameter):
         source: Tensor,
         matrix: Tensor,
         transposed: bool,
-        elements: Tensor,
-        shadow: Tensor,
+        masked: Masked,
         offset: int,
     ) -> MaskedLazyParameter:
         self = LazyParameter.__new__(
             MaskedLazyParameter, state, name, param_id, source, matrix, 0, transposed
         )
         assert isinstance(self, MaskedLazyParameter)
-        self.elements, self.shadow, self.offset = elements, shadow, offset
+        self.masked, self.offset = masked, offset
         return self
 
     def branches(self, dtype: torch.dtype) -> Tensor:
@@ -50,8 +48,8 @@ class MaskedLazyParameter(LazyParameter):
             seeds, coeffs = self.state.terms(self.parameter, self.matrix.device)
             formed = displaced(
                 self.matrix,
-                self.elements,
-                self.shadow,
+                self.masked.indices,
+                self.masked.shadow,
                 seeds,
                 coeffs,
                 self.param_id,
@@ -70,8 +68,8 @@ class MaskedLazyParameter(LazyParameter):
             x,
             self.matrix,
             bias,
-            self.elements,
-            self.shadow,
+            self.masked.indices,
+            self.masked.shadow,
             seeds,
             coeffs,
             self.param_id,
@@ -87,8 +85,8 @@ class MaskedLazyParameter(LazyParameter):
         rows: Tensor = _ops.sparse_embedding(
             ids,
             self.matrix,
-            self.elements,
-            self.shadow,
+            self.masked.indices,
+            self.masked.shadow,
             seeds,
             coeffs,
             self.param_id,
@@ -99,10 +97,8 @@ class MaskedLazyParameter(LazyParameter):
         return rows
 
     def _view(self, source: Tensor, matrix: Tensor, row: int, transposed: bool) -> LazyParameter:
-        cols = self.matrix.shape[1]
-        start, stop = row * cols, row * cols + matrix.numel()
-        ends = torch.tensor([start, stop], device=self.elements.device)
-        low, high = torch.searchsorted(self.elements, ends).tolist()
+        first = row * self.matrix.shape[1]
+        skipped, masked = self.masked.part(first, first + matrix.numel())
         return MaskedLazyParameter.of(
             self.state,
             self.parameter,
@@ -110,9 +106,8 @@ class MaskedLazyParameter(LazyParameter):
             source,
             matrix,
             transposed,
-            self.elements[low:high] - start,
-            self.shadow[low:high],
-            self.offset + low,
+            masked,
+            self.offset + skipped,
         )
 
 
@@ -148,7 +143,6 @@ def masked_parameter(state: State, bound: BoundParameter) -> MaskedLazyParameter
         source,
         source.reshape(bound.matrix),
         False,
-        bound.masked.indices,
-        bound.masked.shadow,
+        bound.masked,
         0,
     )
