@@ -24,7 +24,8 @@ from zokernels.binding import ModelChangedError
 from zokernels.displacement import UnknownVersionError
 from zokernels.groups import param_groups
 from zokernels.optim import MeZO, NonFiniteLossError
-from zokernels.trajectory import Trajectory, TrajectoryError
+from zokernels.trajectory import Trajectory
+from zokernels.trajectory_format import TrajectoryError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

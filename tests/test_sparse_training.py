@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import zokernels as zo
 from zokernels import noise
-from zokernels.trajectory import ModelMismatchError
+from zokernels.trajectory_format import ModelMismatchError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPT = {"lr": 2e-2, "eps": 1e-2, "seed": 3}
@@ -228,13 +228,13 @@ def test_a_sparse_run_cannot_be_taken_for_a_dense_one_or_anothers() -> None:
 
 
 def test_a_layout_with_a_damaged_mask_entry_is_refused(tmp_path) -> None:
-    from zokernels.trajectory import CorruptTrajectoryError, _decode_layout, _json
+    from zokernels.trajectory_format import CorruptTrajectoryError, as_json, decode_layout
 
     pid = noise.parameter_id("w")
     for entry in (["w", pid, [2], "float32", ""], ["w", pid, [2], "float32", 3],
                   ["w", pid, [2], "float32", "a", "b"]):  # fmt: skip
         with pytest.raises(CorruptTrajectoryError, match="bad parameter"):
-            _decode_layout(memoryview(_json({"groups": [[entry]]}, "layout")))
+            decode_layout(memoryview(as_json({"groups": [[entry]]}, "layout")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,11 +25,11 @@ import zokernels as zo
 from zokernels import _targets, noise
 from zokernels.displacement import UnknownVersionError
 from zokernels.optim import MeZO
-from zokernels.trajectory import (
+from zokernels.trajectory import Trajectory
+from zokernels.trajectory_format import (
     CorruptTrajectoryError,
     ForeignFileError,
     ModelMismatchError,
-    Trajectory,
     TrajectoryError,
     TrajectoryVersionError,
     TruncatedTrajectoryError,

@@ -34,7 +34,8 @@ from zokernels.masks import Mask, MaskFileError, MaskMismatchError
 from zokernels.noise import CONTRACT_VERSION, derive_seed
 from zokernels.optim import MeZO, NonFiniteLossError
 from zokernels.subset import Snapshot, SnapshotError
-from zokernels.trajectory import Trajectory, TrajectoryError
+from zokernels.trajectory import Trajectory
+from zokernels.trajectory_format import TrajectoryError
 
 __version__ = "0.1.0"
 

@@ -46,7 +46,8 @@ from zokernels.optim_state import (
 from zokernels.pending import PendingTerm
 from zokernels.randomness import rewinder
 from zokernels.subset import on
-from zokernels.trajectory import Trajectory, TrajectoryError
+from zokernels.trajectory import Trajectory
+from zokernels.trajectory_format import TrajectoryError
 
 
 class NonFiniteLossError(ArithmeticError):

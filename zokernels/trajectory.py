@@ -5,150 +5,55 @@ seeds, coefficients and weight decay per parameter group, where the roundings we
 the run started from it is a checkpoint of every step of the run in some dozens of bytes a step, and
 :meth:`Trajectory.replay_` rebuilds the weights bit for bit in one pass over them.
 
-File format (little-endian), the same for a finished file and for a journal that is being written::
-
-    magic      "ZOtr", uint16 format version, uint16 noise contract version
-    record     uint32 payload length, uint8 kind, payload, uint32 checksum
-    checksum   CRC-32 of the record's other bytes, started from the checksum before it
-               (for the first record: the CRC-32 of the 8 bytes of magic)
-    kind 1     header, once and first: JSON {distribution, rounding, metadata}
-    kind 2     layout, before the first step and when the parameter groups change:
-               JSON {groups: [[[name, id, shape, dtype], ...], ...]}, with a fifth entry for a
-               parameter under a mask: the digest of its indices (the mask is a file of its own)
-    kind 3     step: uint64 step, uint32 K, uint16 groups G, uint16 flags (1: decay present),
-               int64 seeds[K], float32 coeffs[G, K], float32 decay[G, K], uint8 ends[K],
-               JSON metadata
-
-A record is one write, and the checksums are chained: a process that is killed leaves at most one
-incomplete record at the end, which a reader detects.
+The file is described in :mod:`zokernels.trajectory_format`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-import torch
 from torch import Tensor, nn
 
 from zokernels import _targets
 from zokernels._files import write_atomically
 from zokernels._targets import NamedTensors, Target, fp32
 from zokernels.binding import Binding, BoundParameter, unwrap
-from zokernels.displacement import (
-    Displacement,
-    UnknownVersionError,
-    _native,
-    _pack,
-    check_distribution,
-    check_rounding,
-)
+from zokernels.displacement import Displacement, check_distribution, check_rounding
 from zokernels.masks import Mask
-from zokernels.noise import CONTRACT_VERSION, parameter_id, signed_seed
-
-_MAGIC = struct.Struct("<4sHH")
-_SIGNATURE = b"ZOtr"
-_FORMAT = 1
-_RECORD = struct.Struct("<IB")
-_CHECKSUM = struct.Struct("<I")
-_STEP = struct.Struct("<QIHH")
-_HEADER_RECORD, _LAYOUT_RECORD, _STEP_RECORD = 1, 2, 3
-_HAS_DECAY = 1
-
-
-class TrajectoryError(ValueError):
-    """A trajectory that cannot be read, written, or replayed on a model."""
-
-
-class ForeignFileError(TrajectoryError):
-    """The file is not a trajectory."""
-
-
-class TruncatedTrajectoryError(TrajectoryError):
-    """The file ends inside a record, as a killed process leaves it."""
-
-
-class CorruptTrajectoryError(TrajectoryError):
-    """A record's checksum or content is wrong."""
-
-
-class TrajectoryVersionError(TrajectoryError, UnknownVersionError):
-    """A format or noise contract version this package does not know."""
-
-
-class ModelMismatchError(TrajectoryError):
-    """The model does not have the parameters the run moved."""
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterRecord:
-    """What a trajectory knows about a parameter; ``mask``: digest of the indices that moved."""
-
-    name: str
-    id: int
-    shape: tuple[int, ...]
-    dtype: str
-    mask: str = ""
-
-    @classmethod
-    def of(cls, parameter: BoundParameter) -> ParameterRecord:
-        """The record of a bound parameter."""
-        mask = "" if parameter.masked is None else parameter.masked.digest
-        return cls.of_tensor(parameter.name, parameter.tensor, mask)
-
-    @classmethod
-    def of_tensor(cls, name: str, tensor: Tensor, mask: str = "") -> ParameterRecord:
-        """The record of a named tensor."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return cls(name, parameter_id(name), tuple(tensor.shape), dtype, mask)
-
-    @property
-    def kind(self) -> str:
-        """Shape, dtype and mask in words."""
-        return f"{self.shape} {self.dtype}" + (f" under mask {self.mask[:12]}" if self.mask else "")
-
-    def __str__(self) -> str:
-        return f"{self.name!r} {self.kind}"
-
-
-Layout = tuple[tuple[ParameterRecord, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The update of one step.
-
-    Attributes:
-        step: the optimizer's step counter.
-        seeds: K signed 64-bit seeds.
-        coeffs: ``[groups][K]`` float32 coefficients.
-        decay: ``[groups][K]`` float32 factors on the weight before each term; empty means 1.
-        ends: K flags: the weight is rounded to its dtype after this term.
-        meta: whatever was noted about the step.
-        layout: index of the trajectory's layout that says what the groups are.
-    """
-
-    step: int
-    seeds: tuple[int, ...]
-    coeffs: tuple[tuple[float, ...], ...]
-    decay: tuple[tuple[float, ...], ...] = ()
-    ends: tuple[bool, ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    layout: int = 0
-
-    def terms(self, group: int) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
-        """Coefficients and decay of a group."""
-        return self.coeffs[group], self.decay[group] if self.decay else None
+from zokernels.noise import CONTRACT_VERSION, signed_seed
+from zokernels.trajectory_format import (
+    HEADER,
+    LAYOUT,
+    STEP,
+    CorruptTrajectoryError,
+    Layout,
+    Mark,
+    ModelMismatchError,
+    ParameterRecord,
+    Record,
+    Step,
+    TrajectoryError,
+    TrajectoryVersionError,
+    TruncatedTrajectoryError,
+    as_json,
+    decode_header,
+    decode_layout,
+    decode_step,
+    encode_header,
+    encode_layout,
+    encode_step,
+    magic,
+    records,
+    seal,
+)
 
 
 class Trajectory:
@@ -169,7 +74,7 @@ class Trajectory:
 
     def __init__(self, *, metadata: Mapping[str, Any] | None = None) -> None:
         self.metadata: dict[str, Any] = dict(metadata or {})
-        _json(self.metadata, "metadata")
+        as_json(self.metadata, "metadata")
         self.contract_version = CONTRACT_VERSION
         self.distribution: str | None = None
         self.rounding: str | None = None
@@ -181,8 +86,8 @@ class Trajectory:
         self._file: FileIO | None = None
         self._sync = False
         # Where the file ends and the checksum there; and the same before each step's record.
-        self._tail = (0, 0)
-        self._marks: list[tuple[int, int]] = []
+        self._tail = Mark(0, 0)
+        self._marks: list[Mark] = []
 
     # --- reading and writing records --------------------------------------------------------------
 
@@ -212,10 +117,10 @@ class Trajectory:
         self._check_layout(layout)
         if self.distribution is None:
             if self._file is not None:
-                self._start_file(self._header(distribution, rounding))
+                self._start_file(encode_header(distribution, rounding, self.metadata))
             self.distribution, self.rounding = distribution, rounding
         if not self.layouts or self.layouts[-1] != layout:
-            self._write(_LAYOUT_RECORD, _encode_layout(layout))
+            self._write(LAYOUT, encode_layout(layout))
             self.layouts.append(layout)
 
     def append(
@@ -257,7 +162,7 @@ class Trajectory:
         )
         self._check_step(record)
         mark = self._tail
-        self._write(_STEP_RECORD, _encode_step(record))
+        self._write(STEP, encode_step(record))
         self._marks.append(mark)
         self._steps.append(record)
         return record
@@ -281,8 +186,8 @@ class Trajectory:
             return
         if self._file is not None:
             self._tail = self._marks[keep]
-            self._file.truncate(self._tail[0])
-            self._file.seek(self._tail[0])
+            self._file.truncate(self._tail.offset)
+            self._file.seek(self._tail.offset)
         # A step's layout was written right before it at the latest.
         del self.layouts[self.steps[keep].layout + 1 :]
         del self.steps[keep:]
@@ -321,7 +226,7 @@ class Trajectory:
         part = Trajectory(metadata=self.metadata)
         part.distribution, part.rounding = self.distribution, self.rounding
         part.steps = self.steps[index]
-        part._marks = [(0, 0)] * len(part.steps)
+        part._marks = [Mark(0, 0)] * len(part.steps)
         part.layouts = self.layouts[: part.steps[-1].layout + 1 if part.steps else 1]
         return part
 
@@ -509,8 +414,8 @@ class Trajectory:
             _lock(file, trajectory.path)
             if os.fstat(file.fileno()).st_size:
                 trajectory._read(trajectory.path, recover)
-            file.truncate(trajectory._tail[0])
-            file.seek(trajectory._tail[0])
+            file.truncate(trajectory._tail.offset)
+            file.seek(trajectory._tail.offset)
         except BaseException:
             file.close()
             raise
@@ -611,21 +516,16 @@ class Trajectory:
     def _start_file(self, header: bytes) -> None:
         assert self._file is not None
         self._file.seek(0)
-        magic = _MAGIC.pack(_SIGNATURE, _FORMAT, self.contract_version)
-        record, chain = _seal(_HEADER_RECORD, header, zlib.crc32(magic))
-        self._put(magic + record, 0)
-        self._tail = (len(magic) + len(record), chain)
-
-    def _header(self, distribution: str, rounding: str) -> bytes:
-        fields = {"distribution": distribution, "rounding": rounding, "metadata": self.metadata}
-        return _json(fields, "metadata")
+        start, mark = magic()
+        record, mark = seal(HEADER, header, mark)
+        self._put(start + record, 0)
+        self._tail = mark
 
     def _write(self, kind: int, payload: bytes) -> None:
         if self._file is not None:
-            offset, chain = self._tail
-            record, chain = _seal(kind, payload, chain)
-            self._put(record, offset)
-            self._tail = (offset + len(record), chain)
+            record, mark = seal(kind, payload, self._tail)
+            self._put(record, self._tail.offset)
+            self._tail = mark
 
     def _put(self, data: bytes, offset: int) -> None:
         assert self._file is not None
@@ -643,22 +543,22 @@ class Trajectory:
     def _encode(self) -> bytes:
         if self.distribution is None or self.rounding is None:
             raise TrajectoryError("nothing was recorded yet: there is nothing to save")
-        magic = _MAGIC.pack(_SIGNATURE, _FORMAT, self.contract_version)
-        parts, chain, written = [magic], zlib.crc32(magic), 0
+        start, mark = magic()
+        parts, written = [start], 0
 
         def add(kind: int, payload: bytes) -> None:
-            nonlocal chain
-            record, chain = _seal(kind, payload, chain)
+            nonlocal mark
+            record, mark = seal(kind, payload, mark)
             parts.append(record)
 
-        add(_HEADER_RECORD, self._header(self.distribution, self.rounding))
+        add(HEADER, encode_header(self.distribution, self.rounding, self.metadata))
         for step in self.steps:
             for layout in self.layouts[written : step.layout + 1]:
-                add(_LAYOUT_RECORD, _encode_layout(layout))
+                add(LAYOUT, encode_layout(layout))
             written = max(written, step.layout + 1)
-            add(_STEP_RECORD, _encode_step(step))
+            add(STEP, encode_step(step))
         for layout in self.layouts[written:]:
-            add(_LAYOUT_RECORD, _encode_layout(layout))
+            add(LAYOUT, encode_layout(layout))
         return b"".join(parts)
 
     def _read(self, path: Path, recover: bool) -> None:
@@ -670,74 +570,36 @@ class Trajectory:
                 raise
             warnings.warn(
                 f"{error}; keeping {len(self)} whole steps and leaving out the last "
-                f"{len(data) - self._tail[0]} bytes",
+                f"{len(data) - self._tail.offset} bytes",
                 stacklevel=3,
             )
 
     def _parse(self, data: memoryview, path: Path) -> None:
-        start = bytes(data[: _MAGIC.size])
-        if start[:4] != _SIGNATURE[: len(start)] or not start:
-            raise ForeignFileError(
-                f"{path} is no trajectory: it must start with {_SIGNATURE!r}; got {start[:4]!r}"
-            )
-        if len(start) < _MAGIC.size:
-            raise TruncatedTrajectoryError(f"{path} ends inside the magic, at byte {len(start)}")
-        _, form, version = _MAGIC.unpack(start)
-        if form != _FORMAT:
-            raise TrajectoryVersionError(f"{path}: format must be {_FORMAT}; got {form}")
-        if version != CONTRACT_VERSION:
-            raise TrajectoryVersionError(
-                f"{path}: noise contract version must be {CONTRACT_VERSION}; got {version}"
-            )
-        offset, chain, first = _MAGIC.size, zlib.crc32(start), True
-        while offset < len(data):
-            where = f"{path}, record at byte {offset}"
-            body = offset + _RECORD.size
-            if body > len(data):
-                raise TruncatedTrajectoryError(f"{where}: the file ends inside it")
-            length, kind = _RECORD.unpack_from(data, offset)
-            end = body + length + _CHECKSUM.size
-            if end > len(data):
-                raise TruncatedTrajectoryError(f"{where}: the file ends inside it")
-            mark = (offset, chain)
-            chain = zlib.crc32(data[offset : body + length], chain)
-            if _CHECKSUM.unpack_from(data, body + length) != (chain,):
-                raise CorruptTrajectoryError(f"{where}: wrong checksum")
-            if first != (kind == _HEADER_RECORD):
-                raise CorruptTrajectoryError(f"{where}: the header must be the first record")
-            try:
-                self._take(kind, data[body : body + length], mark)
-            except (CorruptTrajectoryError, TrajectoryVersionError):
-                raise
-            except (ValueError, TypeError, KeyError, RecursionError, struct.error) as error:
-                raise CorruptTrajectoryError(f"{where}: {error}") from error
-            first = False
-            offset = end
-            self._tail = (offset, chain)
-        if first:
-            raise TruncatedTrajectoryError(f"{path} ends before the header")
+        for record in records(data, path):
+            self._take(record)
+            self._tail = record.end
 
-    def _take(self, kind: int, payload: memoryview, mark: tuple[int, int]) -> None:
-        if kind == _HEADER_RECORD:
-            fields = _object(payload, {"distribution", "rounding", "metadata"})
-            if not isinstance(fields["metadata"], dict):
-                raise CorruptTrajectoryError("metadata must be an object")
-            self.distribution = check_distribution(fields["distribution"])
-            self.rounding = check_rounding(fields["rounding"])
-            self.metadata = fields["metadata"]
-        elif kind == _LAYOUT_RECORD:
-            layout = _decode_layout(payload)
-            self._check_layout(layout)
-            self.layouts.append(layout)
-        elif kind == _STEP_RECORD:
-            if not self.layouts:
-                raise CorruptTrajectoryError("a step before the first layout")
-            step = _decode_step(payload, len(self.layouts) - 1)
-            self._check_step(step)
-            self.steps.append(step)
-            self._marks.append(mark)
-        else:
-            raise CorruptTrajectoryError(f"unknown record kind {kind}")
+    def _take(self, record: Record) -> None:
+        try:
+            if record.kind == HEADER:
+                self.distribution, self.rounding, self.metadata = decode_header(record.payload)
+            elif record.kind == LAYOUT:
+                layout = decode_layout(record.payload)
+                self._check_layout(layout)
+                self.layouts.append(layout)
+            elif record.kind == STEP:
+                if not self.layouts:
+                    raise CorruptTrajectoryError("a step before the first layout")
+                step = decode_step(record.payload, len(self.layouts) - 1)
+                self._check_step(step)
+                self.steps.append(step)
+                self._marks.append(record.start)
+            else:
+                raise CorruptTrajectoryError(f"unknown record kind {record.kind}")
+        except (CorruptTrajectoryError, TrajectoryVersionError):
+            raise
+        except (ValueError, TypeError, KeyError, RecursionError, struct.error) as error:
+            raise CorruptTrajectoryError(f"{record.where}: {error}") from error
 
 
 def _lock(file: FileIO, path: Path) -> None:
@@ -772,94 +634,3 @@ def _decay(rows: Sequence[Sequence[float]] | None) -> tuple[tuple[float, ...], .
     """Rows in float32; nothing when all are 1."""
     rounded = tuple(fp32(row) for row in rows or ())
     return rounded if any(d != 1.0 for row in rounded for d in row) else ()
-
-
-def _json(value: object, label: str) -> bytes:
-    try:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
-        raise TrajectoryError(f"{label} must be JSON-compatible: {error}") from error
-
-
-def _object(payload: bytes | memoryview, keys: set[str]) -> dict[str, Any]:
-    fields = json.loads(bytes(payload))
-    if not isinstance(fields, dict) or set(fields) != keys:
-        raise CorruptTrajectoryError(f"expected an object with the keys {sorted(keys)}")
-    return fields
-
-
-def _seal(kind: int, payload: bytes, chain: int) -> tuple[bytes, int]:
-    """A record and the checksum chain after it."""
-    record = _RECORD.pack(len(payload), kind) + payload
-    chain = zlib.crc32(record, chain)
-    return record + _CHECKSUM.pack(chain), chain
-
-
-def _encode_layout(layout: Layout) -> bytes:
-    groups = [
-        [[r.name, r.id, list(r.shape), r.dtype, *([r.mask] if r.mask else [])] for r in group]
-        for group in layout
-    ]
-    return _json({"groups": groups}, "layout")
-
-
-def _decode_layout(payload: memoryview) -> Layout:
-    groups = []
-    for group in _object(payload, {"groups"})["groups"]:
-        records = []
-        for name, number, shape, dtype, *mask in group:
-            if (
-                not isinstance(name, str)
-                or number != parameter_id(name)
-                or not all(isinstance(n, int) and n >= 0 for n in shape)
-                or not isinstance(getattr(torch, dtype, None), torch.dtype)
-                or len(mask) > 1
-                or not all(isinstance(m, str) and m for m in mask)
-            ):
-                raise CorruptTrajectoryError(f"bad parameter {[name, number, shape, dtype, *mask]}")
-            records.append(ParameterRecord(name, number, tuple(shape), dtype, *mask))
-        groups.append(tuple(records))
-    return tuple(groups)
-
-
-def _encode_step(step: Step) -> bytes:
-    return b"".join(
-        [
-            _STEP.pack(
-                step.step, len(step.seeds), len(step.coeffs), _HAS_DECAY if step.decay else 0
-            ),
-            _pack("q", step.seeds),
-            *(_pack("f", row) for row in step.coeffs),
-            *(_pack("f", row) for row in step.decay),
-            bytes(step.ends),
-            _json(dict(step.meta), "meta"),
-        ]
-    )
-
-
-def _decode_step(payload: memoryview, layout: int) -> Step:
-    number, count, groups, flags = _STEP.unpack_from(payload)
-    if flags & ~_HAS_DECAY:
-        raise CorruptTrajectoryError(f"unknown flags {flags:#x}")
-    tables = 2 if flags & _HAS_DECAY else 1
-    size = _STEP.size + 8 * count + 4 * tables * groups * count + count
-    if len(payload) < size:
-        raise CorruptTrajectoryError(f"{count} terms need {size} bytes; got {len(payload)}")
-    at = _STEP.size
-
-    def take(code: str, width: int) -> tuple[Any, ...]:
-        nonlocal at
-        part = payload[at : at + width * count]
-        at += width * count
-        return tuple(_native(code, part))
-
-    seeds = take("q", 8)
-    coeffs = tuple(take("f", 4) for _ in range(groups))
-    decay = tuple(take("f", 4) for _ in range(groups)) if tables == 2 else ()
-    ends = take("B", 1)
-    if any(e > 1 for e in ends):
-        raise CorruptTrajectoryError("ends must be 0 or 1")
-    meta = json.loads(bytes(payload[at:]))
-    if not isinstance(meta, dict):
-        raise CorruptTrajectoryError("a step's metadata must be an object")
-    return Step(number, seeds, coeffs, decay, tuple(map(bool, ends)), meta, layout)

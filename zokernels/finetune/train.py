@@ -46,7 +46,8 @@ from zokernels.finetune.objective import Objective, Score, evaluate
 from zokernels.finetune.peer import Comparison, compare, drift
 from zokernels.groups import param_groups
 from zokernels.optim import MeZO
-from zokernels.trajectory import Trajectory, TrajectoryError
+from zokernels.trajectory import Trajectory
+from zokernels.trajectory_format import TrajectoryError
 
 CONFIG, SUMMARY, PICTURE = "config.json", "summary.json", "loss.png"
 METRICS, JOURNAL, CHECKPOINT, RESULT = (
