@@ -50,16 +50,6 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """Hyperparameters of a group at one step."""
-
-    lr: float
-    eps: float
-    weight_decay: float
-    momentum: float
-
-
-@dataclass(frozen=True, slots=True)
 class Inputs:
     """What the device needs besides the losses.
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from zokernels import _registry, _targets, deferred
-from zokernels._targets import NamedTensors, fp32
+from zokernels._targets import NamedTensors
 from zokernels.binding import Binding, BoundParameter, bind
 from zokernels.branches import Branches, displaced_storage
-from zokernels.deferred import Fetch, Inputs, Rates, placed
+from zokernels.deferred import Fetch, Inputs, placed
 from zokernels.displacement import check_distribution, check_rounding
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
@@ -39,12 +39,12 @@ from zokernels.optim_arguments import (
 from zokernels.optim_state import (
     KEPT,
     STATE_KEY,
-    Past,
     accepted_state,
     run_state,
 )
 from zokernels.pending import PendingTerm
 from zokernels.randomness import rewinder
+from zokernels.spsa import Past, Rates, Spsa
 from zokernels.subset import on
 from zokernels.trajectory import Trajectory
 from zokernels.trajectory_format import TrajectoryError
@@ -440,12 +440,13 @@ class MeZO(torch.optim.Optimizer):
         made: bool,
     ) -> None:
         """From the losses of a step: its update, unless the device made it, and what is kept."""
-        gradients = self._project(values, rates)
-        past = Past(step, seeds, tuple(tuple(map(self._clipped, row)) for row in gradients))
+        spsa = self._spsa
+        gradients = spsa.project(values, rates)
+        past = Past(step, seeds, spsa.clipped(gradients))
         finite = all(map(math.isfinite, values)) and all(
             math.isfinite(g) for row in gradients for g in row
         )
-        terms, coeffs, decay = self._terms(past, rates) if finite else ((), (), ())
+        terms, coeffs, decay = spsa.terms(self._window, past, rates) if finite else ((), (), ())
         finite = finite and all(math.isfinite(c) for row in coeffs for c in row)
         if not finite:
             message = (
@@ -466,7 +467,7 @@ class MeZO(torch.optim.Optimizer):
             meta["gradients"] = [list(row) for row in past.gradients]
         self._update(step, terms, coeffs, decay, meta, made=made)
         if finite:
-            self._window = self._recent(past) if keeps else ()
+            self._window = (*spsa.recent(self._window, step), past) if keeps else ()
         else:
             self._skipped += 1
         self._last = StepResult(step, seeds, values, gradients, not finite)
@@ -495,14 +496,12 @@ class MeZO(torch.optim.Optimizer):
         device = self._bound.params[0].device
         keeps = any(rate.momentum for rate in rates)
         first = self._step - self.momentum_window + 1
-        settled = [p for p in self._window if p.step >= first] if keeps else []
+        settled = self._spsa.recent(self._window, self._step) if keeps else ()
         flying = [p for p in self._pending if p.step >= first] if keeps else []
-        before = [(p.step, p.seeds) for p in settled] + [(p.step, p.seeds) for p in flying]
-        weights, decay = [], []
-        for rate in rates:
-            row = self._weights([(at, len(s)) for at, s in before], len(seeds), rate)
-            weights.append(row)
-            decay.append(self._decay(rate, len(row)))
+        steps = [(p.step, p.seeds) for p in settled] + [(p.step, p.seeds) for p in flying]
+        steps.append((self._step, seeds))
+        counts = [(at, len(own)) for at, own in steps]
+        keys = [s for _, own in steps for s in own]
         groups = len(rates)
         earlier = [
             deferred.table(
@@ -516,7 +515,8 @@ class MeZO(torch.optim.Optimizer):
             for p in settled
         ] + [p.gradients for p in flying]
         nothing = torch.empty((groups, 0), dtype=torch.float64, device=device)
-        keys = [s for _, own in before for s in own] + list(seeds)
+        weights = [rate.weights(self._step, counts) for rate in rates]
+        decay = [rate.decay(len(keys)) for rate in rates]
         return Inputs(
             seeds=placed(torch.tensor(keys, dtype=torch.int64), device),
             eps=deferred.table([[rate.eps] for rate in rates], torch.float64, device),
@@ -538,14 +538,14 @@ class MeZO(torch.optim.Optimizer):
         Without ``rates`` nothing is taken to be constant: the update of a graph. ``move`` stands
         in for :meth:`_move`.
         """
-        central = self.estimator == "central"
+        spsa = self._spsa
         coeffs, decay, gradients = deferred.coefficients(
-            losses, inputs, central=central, clip=self.clip
+            losses, inputs, central=spsa.central, clip=spsa.clip
         )
         for index, members in enumerate(self._groups):
             moves = decays = True
             if rates is not None:
-                decays = self._decay(rates[index], 1) != (1.0,)
+                decays = rates[index].decay(1) != (1.0,)
                 moves = decays or rates[index].lr != 0
             if members and moves:
                 (move or self._move)(
@@ -607,6 +607,10 @@ class MeZO(torch.optim.Optimizer):
             self._settling = False
         if not self._pending and self._journal is not None:
             self._journal.pending = None
+
+    @property
+    def _spsa(self) -> Spsa:
+        return Spsa(self.estimator == "central", self.clip, self.momentum_window)
 
     def _rates(self) -> tuple[Rates, ...]:
         return tuple(
@@ -675,15 +679,7 @@ class MeZO(torch.optim.Optimizer):
         eps = next(iter(sizes.values())) if common else 1.0
         scale = {} if common else sizes
         count = len(seeds)
-        if self.estimator == "central":
-            rows = [
-                [sign * eps if k == i else 0.0 for k in range(count)]
-                for i in range(count)
-                for sign in (1.0, -1.0)
-            ]
-        else:
-            rows = [[0.0] * count]
-            rows += [[eps if k == i else 0.0 for k in range(count)] for i in range(count)]
+        rows = self._spsa.probes(count, eps)
         width = self.max_branches or len(rows)
         parts = []
         for start in range(0, len(rows), width):
@@ -756,64 +752,6 @@ class MeZO(torch.optim.Optimizer):
         for members, group in zip(self._groups, self.param_groups, strict=True):
             for p in members:
                 yield p, group
-
-    def _project(
-        self, losses: Sequence[float], rates: tuple[Rates, ...]
-    ) -> tuple[tuple[float, ...], ...]:
-        """Projected gradients ``[groups][directions]``."""
-        if self.estimator == "central":
-            differences = [(p - m) / 2 for p, m in zip(losses[::2], losses[1::2], strict=True)]
-        else:
-            differences = [moved - losses[0] for moved in losses[1:]]
-        return tuple(tuple(d / rate.eps for d in differences) for rate in rates)
-
-    def _clipped(self, gradient: float) -> float:
-        return gradient if self.clip is None else max(-self.clip, min(self.clip, gradient))
-
-    def _recent(self, now: Past) -> tuple[Past, ...]:
-        """The momentum window with ``now`` in it, oldest first."""
-        first = now.step - self.momentum_window + 1
-        return (*(past for past in self._window if past.step >= first), now)
-
-    def _terms(
-        self, now: Past, rates: tuple[Rates, ...]
-    ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
-        """Seeds ``[K]``, coefficients and decay ``[groups][K]`` of the update.
-
-        The newest direction comes last: its seed, fresh in every step, keys the rounding.
-        """
-        keeps = any(rate.momentum for rate in rates)
-        window = self._recent(now) if keeps else (now,)
-        before = [(past.step, len(past.seeds)) for past in window[:-1]]
-        coeffs, decay = [], []
-        for index, rate in enumerate(rates):
-            weights = self._weights(before, len(now.seeds), rate, now.step)
-            row: list[float] = []
-            for past in window:
-                # A group added later has no part in earlier steps.
-                known = index < len(past.gradients)
-                row += past.gradients[index] if known else (0.0,) * len(past.seeds)
-            coeffs.append(fp32(w * g for w, g in zip(weights, row, strict=True)))
-            decay.append(self._decay(rate, len(row)))
-        return (tuple(s for past in window for s in past.seeds), tuple(coeffs), tuple(decay))
-
-    def _weights(
-        self,
-        before: Sequence[tuple[int, int]],
-        directions: int,
-        rate: Rates,
-        step: int | None = None,
-    ) -> list[float]:
-        """What the projected gradients of earlier ``(step, directions)`` and of this step count."""
-        now = self._step if step is None else step
-        return [
-            -rate.lr * rate.momentum ** (now - at) / count
-            for at, count in (*before, (now, directions))
-            for _ in range(count)
-        ]
-
-    def _decay(self, rate: Rates, terms: int) -> tuple[float, ...]:
-        return fp32([1.0 - rate.lr * rate.weight_decay, *[1.0] * (terms - 1)])
 
     def _update(
         self,

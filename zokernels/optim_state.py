@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zokernels.displacement import UnknownVersionError, check_distribution, check_rounding
@@ -16,21 +15,13 @@ from zokernels.optim_arguments import (
     check_group,
     check_positive,
 )
+from zokernels.spsa import Past
 
 if TYPE_CHECKING:
     from zokernels.optim import MeZO
 
 STATE_KEY = "mezo"
 _STATE_FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Past:
-    """A step in the momentum window."""
-
-    step: int
-    seeds: tuple[int, ...]
-    gradients: tuple[tuple[float, ...], ...]  # [groups][directions], clipped
 
 
 OPTIONS = (
