@@ -60,8 +60,10 @@ class _Memory:
         self.aliases: tuple[BoundParameter, ...] = ()  # used behind the module tree's back
         self.reported = False
         self.autocast = False  # seen inside the evaluated function
-        self.low_precision = any(
-            p.is_floating_point() and p.dtype.itemsize < 4 for p in binding.model.parameters()
+        # vmap needs help (:class:`CompositeOps`): always on CUDA, for the sake of attention.
+        self.composite = any(
+            p.device.type == "cuda" or (p.is_floating_point() and p.dtype.itemsize < 4)
+            for p in binding.model.parameters()
         )
 
 
@@ -255,7 +257,7 @@ class Branches:
                     )
                     stack.enter_context(torch.no_grad())
                     stack.enter_context(_compiled_models_run_eagerly())
-                    if memory.low_precision or memory.autocast:
+                    if memory.composite or memory.autocast:
                         stack.enter_context(CompositeOps())
                     yield
                 finally:
