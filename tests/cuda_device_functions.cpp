@@ -72,6 +72,6 @@ int t_entry_of(const int64_t* first_tiles, int count, int64_t tile) {
   std::vector<Entry> entries(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) entries[static_cast<size_t>(i)].first_tile = first_tiles[i];
   const Table table{entries.data(), count, 0};
-  return static_cast<int>(&entry_of(table, tile) - entries.data());
+  return entry_of(table, tile);
 }
 }

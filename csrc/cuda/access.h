@@ -147,7 +147,7 @@ ZK_DEVICE void store_unit(const Matrix& m, const Unit& u, const float v[4][V]) {
 }
 
 // The entry of a table that owns a tile.
-ZK_DEVICE const Entry& entry_of(const Table& table, int64_t tile) {
+ZK_DEVICE int entry_of(const Table& table, int64_t tile) {
   int low = 0, high = table.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -156,7 +156,12 @@ ZK_DEVICE const Entry& entry_of(const Table& table, int64_t tile) {
     else
       high = middle - 1;
   }
-  return table.entries[low];
+  return low;
+}
+
+// The same where entry `last` owns the tile before: a load instead of a search of dependent ones.
+ZK_DEVICE int entry_after(const Table& table, int64_t tile, int last) {
+  return last + 1 < table.count && table.entries[last + 1].first_tile <= tile ? last + 1 : last;
 }
 
 }  // namespace zk

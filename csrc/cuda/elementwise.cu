@@ -32,7 +32,7 @@ ZK_DEVICE void round_pair(const RowState& s, const Unit& u, float acc[2][4][V]) 
 // Two branches from one draw; more go by blockIdx.y, and a seed that neither of the two has is not
 // drawn. Branches with rows of their own go one by one.
 template <int V, Distribution kind>
-ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_kernel(const DisplaceArgs a) {
+ZK_KERNEL void ZK_BOUNDS(kThreads, V == 4 ? 3 : 2) displace_kernel(const DisplaceArgs a) {
   const int64_t index = dev::block_x() * kThreads + dev::thread();
   if (index >= a.out_rows * a.cut.groups * (64 / V)) return;
   Unit u = unit_at<V>(index, a.cut, a.place.col_offset);
@@ -100,8 +100,13 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_kernel(const DisplaceArgs a) {
   }
 }
 
-// Tiles a block goes through, one after another: their tensor is searched for once a tile.
+// Tiles a block goes through, one after another: their tensor is searched for once.
 constexpr int kUpdateSpan = 4;
+
+// Blocks a multiprocessor: 80 registers a thread do but for 32 normals at once.
+constexpr int blocks_of(int columns, Distribution kind) {
+  return columns == 4 || kind == Distribution::rademacher ? 3 : 2;
+}
 
 template <DType T, int V>
 ZK_DEVICE void round_nearest(float acc[4][V]) {
@@ -140,12 +145,14 @@ ZK_DEVICE void round_stochastic(const RowState& s, const Unit& u, float acc[4][V
 
 // Every thread stays to the end: the shuffles take whole warps.
 template <int V, Distribution kind>
-ZK_KERNEL void ZK_BOUNDS(kThreads, 2) update_kernel(const UpdateArgs a) {
+ZK_KERNEL void ZK_BOUNDS(kThreads, blocks_of(V, kind)) update_kernel(const UpdateArgs a) {
+  int entry = entry_of(a.table, dev::block_x() * kUpdateSpan);
   ZK_NO_UNROLL
   for (int s = 0; s < kUpdateSpan; ++s) {
     const int64_t tile = dev::block_x() * kUpdateSpan + s;
     if (tile >= a.table.tiles) return;
-    const Entry& e = entry_of(a.table, tile);
+    if (s > 0) entry = entry_after(a.table, tile, entry);
+    const Entry& e = a.table.entries[entry];
     const uint32_t param_id = e.place.param_id;
     const int64_t index = (tile - e.first_tile) * kThreads + dev::thread();
     const Unit u = unit_at<V>(index, e.cut, e.place.col_offset);
@@ -233,16 +240,18 @@ constexpr int kProjectSpan = 16;
 // A block's tiles are the same on every device, so its sum is too. Seeds go outside, so that there
 // is one reduction a seed; the vector comes from the cache again for every further seed.
 template <int V, Distribution kind>
-ZK_KERNEL void ZK_BOUNDS(kThreads, 2) project_kernel(const ProjectArgs a) {
+ZK_KERNEL void ZK_BOUNDS(kThreads, blocks_of(V, kind)) project_kernel(const ProjectArgs a) {
   ZK_NO_UNROLL
   for (int64_t k = 0; k < a.terms.count; ++k) {
     const auto seed = static_cast<uint64_t>(a.terms.seeds[k]);
     double total = 0.0;
+    int entry = entry_of(a.table, dev::block_x() * kProjectSpan);
     ZK_NO_UNROLL
     for (int s = 0; s < kProjectSpan; ++s) {
       const int64_t tile = dev::block_x() * kProjectSpan + s;
       if (tile >= a.table.tiles) break;
-      const Entry& e = entry_of(a.table, tile);
+      if (s > 0) entry = entry_after(a.table, tile, entry);
+      const Entry& e = a.table.entries[entry];
       const Matrix m = e.m;
       const Place place = e.place;
       const int64_t index = (tile - e.first_tile) * kThreads + dev::thread();

@@ -48,7 +48,7 @@ ZK_DEVICE void load_values(const Entry& e, const Unit& u, float v[4][kColumns]) 
 
 template <Distribution kind>
 ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_vectors_kernel(const VectorArgs a) {
-  const Entry& e = entry_of(a.table, dev::block_x());
+  const Entry& e = a.table.entries[entry_of(a.table, dev::block_x())];
   const int64_t index = (dev::block_x() - e.first_tile) * kThreads + dev::thread();
   const Unit u = unit_at<kColumns>(index, e.cut, e.place.col_offset);
   if (u.row > 0) return;
@@ -96,7 +96,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2) displace_vectors_kernel(const VectorArgs a
 
 template <Distribution kind>
 ZK_KERNEL void ZK_BOUNDS(kThreads, 2) sparse_update_kernel(const VectorArgs a) {
-  const Entry& e = entry_of(a.table, dev::block_x());
+  const Entry& e = a.table.entries[entry_of(a.table, dev::block_x())];
   const int64_t index = (dev::block_x() - e.first_tile) * kThreads + dev::thread();
   const Unit u = unit_at<kColumns>(index, e.cut, e.place.col_offset);
   if (u.row > 0) return;
