@@ -26,6 +26,7 @@ from zokernels.branches import (
 )
 from zokernels.capture import capture
 from zokernels.displacement import Displacement, UnknownVersionError
+from zokernels.distributed import RankMismatchError
 from zokernels.explain import Explanation, explain
 from zokernels.graphs import GraphedStep
 from zokernels.groups import param_groups
@@ -53,6 +54,7 @@ __all__ = [
     "MeZO",
     "ModelChangedError",
     "NonFiniteLossError",
+    "RankMismatchError",
     "Snapshot",
     "SnapshotError",
     "StackingWarning",

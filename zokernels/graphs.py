@@ -7,6 +7,8 @@ memory of their own, so every replay is another step.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +33,8 @@ class GraphedStep:
 
     Journal, counters, ``state_dict`` and schedulers of the learning rate work as with ``opt.step``,
     and both can be mixed. What a graph holds cannot change: shapes, the train or eval mode,
-    ``eps``, which parameters move, Python values that the model reads. The activations of the batch
-    stay allocated for the next replay.
+    ``eps``, which parameters move and where they and the buffers lie, Python values that the model
+    reads. The activations of the batch stay allocated for the next replay.
 
     Args:
         optimizer: a :class:`~zokernels.MeZO` whose steps stay on the device (see there), without
@@ -43,6 +45,7 @@ class GraphedStep:
     Raises:
         ValueError: the optimizer's steps do not stay on the device, have momentum, or the model's
             branches cannot be stacked.
+        Whatever cannot be recorded, such as a model that reads a value on the host.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class GraphedStep:
             )
         if any(group["momentum"] for group in optimizer.param_groups):
             raise ValueError("optimizer must have momentum 0: its terms would grow between replays")
+        optimizer.check_ranks()
         self.optimizer = optimizer
         leaves, self._spec = tree_flatten(batch)
         self._batch = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -70,7 +74,15 @@ class GraphedStep:
             raise ValueError("optimizer must not be sequential: a graph holds the stacked branches")
         self._held = self._hold() if optimizer.fuse_update else []
         self._by_name = {p.name: term for members, term in self._held for p in members}
-        self._replay, self._losses = record(self._run, self._warm_up)
+        bound = optimizer._bound
+        assert isinstance(bound, Binding)
+        self._tensors = [*bound.model.parameters(), *bound.model.buffers()]
+        self._places = [t.data_ptr() for t in self._tensors]
+        device = self._inputs.seeds.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self._replay, self._losses = record(self._run, self._warm_up)
+        # What the graph reads and only the optimizer holds, which may drop it.
+        self._alive = (bound, *optimizer._tables.values())
 
     @torch.no_grad()
     def _warm_up(self) -> None:
@@ -79,6 +91,7 @@ class GraphedStep:
         for _ in range(3):
             self._wait()
             losses = self.optimizer._evaluate(self._functions, self._inputs.seeds, None)
+            losses = self.optimizer._reduce_losses(losses)
         self._update(torch.full_like(losses, torch.nan))
         self._wait()
 
@@ -162,7 +175,8 @@ class GraphedStep:
             Mean loss over the branches, float32, 0-d.
 
         Raises:
-            ValueError: another structure or shape, or ``eps`` or the moving parameters changed.
+            ValueError: another structure or shape, or ``eps``, the moving parameters or the memory
+                of the model's tensors changed.
         """
         optimizer = self.optimizer
         rates = optimizer._rates()
@@ -172,6 +186,11 @@ class GraphedStep:
             raise ValueError("requires_grad was changed after the capture: make another one")
         if any(r.momentum for r in rates):
             raise ValueError("momentum was set after the capture")
+        if [t.data_ptr() for t in self._tensors] != self._places:
+            raise ValueError(
+                "a tensor of the model was given other memory after the capture: make another "
+                "GraphedStep"
+            )
         if batch is not None:
             self._take(batch)
         optimizer._settle(wait=False)
@@ -206,20 +225,41 @@ class GraphedStep:
                 mine.copy_(deferred.placed(given, mine.device))
 
 
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """Where graphs of a device are recorded; torch's own is on whatever device came first."""
+    return torch.cuda.Stream(device)
+
+
 def record(
     run: Callable[[], Tensor], warm_up: Callable[[], None]
 ) -> tuple[Callable[[], None], Tensor]:
-    """Capture ``run`` in a CUDA graph.
+    """Capture ``run`` in a CUDA graph of the current device.
 
     Returns:
         What replays it, and its output, which every replay overwrites.
+
+    Raises:
+        What ``warm_up`` and ``run`` raise; the current stream is then what it was.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream()
+    side = _stream(torch.cuda.current_device())
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         warm_up()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
+    reason: BaseException | None = None
+    try:
+        # Other threads (a loader that pins memory) go on meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            try:
+                output = run()
+            except BaseException as error:
+                reason = error
+                raise
+    except BaseException as error:
+        # A capture that cannot be ended stays on its stream and hides what went wrong in it.
+        torch.cuda.set_stream(current)
+        raise (reason or error) from None
     return graph.replay, output

@@ -11,7 +11,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from zokernels.binding import Binding, BoundParameter, bind
 from zokernels.branches import Branches, displaced_storage
 from zokernels.deferred import Fetch, Inputs, placed
 from zokernels.displacement import check_distribution, check_rounding
+from zokernels.distributed import check_process_group, check_same, mean_over_ranks
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
 from zokernels.noise import derive_seed, signed_seed
@@ -38,6 +39,7 @@ from zokernels.optim_arguments import (
 )
 from zokernels.optim_state import (
     KEPT,
+    OPTIONS,
     STATE_KEY,
     accepted_state,
     run_state,
@@ -48,6 +50,9 @@ from zokernels.spsa import Past, Rates, Spsa
 from zokernels.subset import on
 from zokernels.trajectory import Trajectory
 from zokernels.trajectory_format import TrajectoryError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -141,6 +146,11 @@ class MeZO(torch.optim.Optimizer):
             uses the model makes it too; call :meth:`flush` before parameters are read directly or
             the model is copied. Updates of more than one direction or with momentum do not wait,
             nor do steps with a closure.
+        process_group: ranks that train together, such as ``torch.distributed.group.WORLD`` after
+            ``init_process_group``, or None. Every rank has the same weights and options and steps
+            on batches of its own; losses are averaged over the ranks, one float32 a branch, so all
+            make the same update. Before the first step they compare what they have
+            (:meth:`check_ranks`). A journal is for one of them.
         sequential: how batches are evaluated, see :class:`~zokernels.Branches`.
         max_branches: most branches in one stacked evaluation, to bound its memory; None: all.
 
@@ -162,6 +172,7 @@ class MeZO(torch.optim.Optimizer):
     momentum_window: int
     clip: float | None
     fuse_update: bool
+    process_group: ProcessGroup | None
     max_branches: int | None
     sequential: bool | None
     _model: nn.Module | None
@@ -171,6 +182,7 @@ class MeZO(torch.optim.Optimizer):
     _bound: Binding | NamedTensors | None
     _groups: list[list[BoundParameter]]
     _announced: list[list[BoundParameter]]  # the groups the journal knows
+    _agreed: list[list[BoundParameter]] | None  # the groups the ranks have compared
     _flags: tuple[tuple[bool, ...], ...]  # requires_grad when the parameters were bound
     _step: int
     _skipped: int
@@ -203,6 +215,7 @@ class MeZO(torch.optim.Optimizer):
         mask: Mask | None = None,
         journal: Trajectory | None = None,
         fuse_update: bool = False,
+        process_group: ProcessGroup | None = None,
         sequential: bool | None = None,
         max_branches: int | None = None,
     ) -> None:
@@ -224,6 +237,7 @@ class MeZO(torch.optim.Optimizer):
         if not isinstance(fuse_update, bool):
             raise TypeError(f"fuse_update must be True or False; got {fuse_update!r}")
         self.fuse_update = fuse_update
+        self.process_group = check_process_group(process_group)
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an integer; got {seed!r}")
         self.seed = signed_seed(int(seed))
@@ -239,7 +253,7 @@ class MeZO(torch.optim.Optimizer):
         self._model, groups = sources(params, model, mask)
         self._explicit = self._given is not None or mask is not None
         self._bound = None
-        self._groups, self._announced, self._flags = [], [], ()
+        self._groups, self._announced, self._flags, self._agreed = [], [], (), None
         self._step, self._skipped, self._warned = 0, 0, False
         self._window, self._last = (), None
         self._incoming, self._journal = None, None
@@ -290,6 +304,25 @@ class MeZO(torch.optim.Optimizer):
         bound = self.__dict__.get("_bound")
         if isinstance(bound, Binding):
             bound.pending.make()
+
+    def check_ranks(self) -> None:
+        """Compare weights, options, hyperparameters and the step with the other ranks'.
+
+        The first step of :attr:`process_group` does this; later it can find a rank that went its
+        own way (a weight that something else wrote, another learning rate schedule). Every rank
+        must call it.
+
+        Raises:
+            RankMismatchError: on every rank, with the first difference.
+        """
+        if self.process_group is None:
+            return
+        self._settle()
+        self.flush()
+        facts = {name: getattr(self, name) for name in OPTIONS}
+        facts |= {"step": self._step, "hyperparameters": self._rates(), "window": self._window}
+        check_same(self._groups, facts, self.process_group)
+        self._agreed = self._groups
 
     # --- parameter groups -------------------------------------------------------------------------
 
@@ -407,6 +440,8 @@ class MeZO(torch.optim.Optimizer):
         functions, sequential = self._functions(batch, loss_fn, closure)
         if self._requires_grad() != self._flags:
             self._bind()
+        if self.process_group is not None and self._agreed is not self._groups:
+            self.check_ranks()
         self._settle(wait=False)
         journal = self._journal
         # Pending steps are this optimizer's own, and asking the journal would wait for them.
@@ -495,6 +530,8 @@ class MeZO(torch.optim.Optimizer):
         assert self._bound is not None
         device = self._bound.params[0].device
         keeps = any(rate.momentum for rate in rates)
+        if keeps and not all(any(rate.momentum for rate in p.rates) for p in self._pending):
+            self._settle()  # momentum was switched on: what such a step leaves is known later
         first = self._step - self.momentum_window + 1
         settled = self._spsa.recent(self._window, self._step) if keeps else ()
         flying = [p for p in self._pending if p.step >= first] if keeps else []
@@ -745,8 +782,8 @@ class MeZO(torch.optim.Optimizer):
         return torch.stack(outputs)
 
     def _reduce_losses(self, losses: Tensor) -> Tensor:
-        """Hook for data parallelism: make the branches' losses (``[G]``) equal on all workers."""
-        return losses
+        """The branches' losses (``[G]``), equal on all ranks."""
+        return losses if self.process_group is None else mean_over_ranks(losses, self.process_group)
 
     def _members(self) -> Iterator[tuple[BoundParameter, dict[str, Any]]]:
         for members, group in zip(self._groups, self.param_groups, strict=True):
@@ -822,6 +859,7 @@ class MeZO(torch.optim.Optimizer):
         finally:
             self._incoming = None
             handle.remove()
+        self._agreed = None
 
     def resume(self) -> None:
         """Go on where the journal ends: replay it, and take over the counters and the momentum.
@@ -887,6 +925,8 @@ class MeZO(torch.optim.Optimizer):
         self.__dict__.setdefault("_given", None)
         self.__dict__.setdefault("_mask", None)
         self.__dict__.setdefault("fuse_update", False)
+        self.__dict__.setdefault("process_group", None)
+        self._agreed = None
         self._pending, self._settling, self._tables = [], False, {}
         incoming = dict(self.__dict__.get("_incoming") or {})
         shadow: Mapping[str, Tensor] = incoming.pop("_shadow", {})
