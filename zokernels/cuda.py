@@ -27,14 +27,21 @@ def _probe() -> None:
     torch.cuda.init()
     error = _library.zokernels_cuda_probe()
     if error is not None:
-        raise ImportError(f"_zokernels_cuda.so does not run on this device: {error.decode()}")
+        name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        raise ImportError(
+            f"_zokernels_cuda.so does not run on {name} (sm_{major}{minor}; it is built for sm_80 "
+            f"and newer): {error.decode()}"
+        )
 
 
 _probe()
 
 
 def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
+    # torch.cuda.current_stream makes a Stream first, which takes several times as long.
+    return torch._C._cuda_getCurrentRawStream(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
 @functools.cache

@@ -361,9 +361,8 @@ const char* project_sum(const double* partial, int64_t blocks, int64_t terms, fl
 const char* probe() {
 #if defined(__CUDACC__)
   cudaFuncAttributes attributes;
-  const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(fill_table_kernel));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return reason(
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(fill_table_kernel)));
 #else
   return nullptr;
 #endif
