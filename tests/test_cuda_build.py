@@ -30,8 +30,9 @@ ARCHITECTURES = option(r'ZOKERNELS_CUDA_ARCHITECTURES "([^"]+)" CACHE')
 FLAGS = option(r"COMPILE_LANGUAGE:CUDA>:([^$]+);--threads")
 
 # Registers a thread: two blocks of 256 threads a multiprocessor, but for the products of up to 64
-# tokens a branch, whose sums alone take 64, and of up to 128 by wgmma: 128.
-MOST = {"linear_kernel": 255, "linear_sm90_kernel": 255}
+# tokens a branch, whose sums alone take 64 (of transposed weights 128), and of up to 128 by wgmma:
+# 128.
+MOST = {"linear_kernel": 255, "linear_transposed_kernel": 255, "linear_sm90_kernel": 255}
 MOST_OTHERWISE = 128
 
 
@@ -83,9 +84,9 @@ def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
         )
         kernels |= {name: tuple(map(int, numbers)) for name, *numbers in report}
     # displace, update, project: 2 widths x 2 distributions; vectors: 2 x 2; masks: 3 types and
-    # rows; products: 2 types x 2 x 4, and 2 in float32; 3 helpers. By wgmma: 2 types x 2, empty but
-    # on sm_90a.
-    assert len(kernels) == 3 * 4 + 2 * 2 + 4 + 16 + 2 + 3 + 4, sorted(kernels)
+    # rows; products: 2 types x 2 x 4, and 2 in float32; of transposed weights 2 types x 2 x 3; 3
+    # helpers. By wgmma: 2 types x 2, empty but on sm_90a.
+    assert len(kernels) == 3 * 4 + 2 * 2 + 4 + 16 + 2 + 12 + 3 + 4, sorted(kernels)
     for name, (stack, stores, loads, registers) in kernels.items():
         most = next((n for part, n in MOST.items() if part in name), MOST_OTHERWISE)
         assert (stack, stores, loads) == (0, 0, 0), f"{name} uses {stack} bytes of stack"
@@ -117,7 +118,7 @@ def test_the_library_builds_and_loads_without_a_gpu(chosen: str, tmp_path: Path)
         f"torch.ops.load_library({str(library)!r})\n"
         "ops = torch.ops.zokernels_cuda\n"
         "assert ops.table_bytes(3) == 3 * ops.table_bytes(1) > 0\n"
-        "for op in ('update_', 'project_', 'linear_', 'sparse_correct_', 'sparse_rows_'):\n"
+        "for op in ('update_', 'project_', 'linear_', 'linear_transposed_', 'sparse_correct_', 'sparse_rows_'):\n"
         "    getattr(ops, op)\n"
         f"assert ops.has_sm90a() is {'90a' in chosen}\n"
         "from zokernels import _load\n"

@@ -365,6 +365,9 @@ def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:
         "for case in [(1, 8, 1), (8, 248, 33), (9, 256, 17), (33, 40, 20), (64, 72, 40)]:\n"
         "    t.fused_case(*case)\n"
         "    t.fused_case(*case, multiprocessors=1000)\n"
+        "for case in [(1, 8, 8), (8, 248, 40), (9, 256, 264), (33, 40, 520), (64, 72, 40)]:\n"
+        "    t.fused_case(*case, transposed=True)\n"
+        "    t.fused_case(*case, transposed=True, multiprocessors=1000)\n"
         "for case in [(1, 4, 1), (8, 252, 33), (3, 1028, 17)]:\n"
         "    t.fused_case(*case, dtype=torch.float32)\n"
         "    t.fused_case(*case, dtype=torch.float32, multiprocessors=1000)\n"
@@ -386,10 +389,13 @@ def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:
 # --- the fused product ----------------------------------------------------------------------------
 
 
-def exact_linear(x: Tensor, w: Tensor, bias: Tensor | None, *rest: object) -> Tensor:
+def exact_linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, *rest: object, transposed: bool = False
+) -> Tensor:
     """float64 product of the rounded displaced weights: they are the same bits in every plan."""
     branches = rest[1].shape[0]  # type: ignore[attr-defined]
     displaced = cpp.displace(w, *rest, "nearest", None).double()
+    displaced = displaced.mT if transposed else displaced
     y = torch.stack([F.linear(x[g].double(), displaced[g]) for g in range(branches)])
     return y if bias is None else y + bias.double()[:, None]
 
@@ -407,18 +413,20 @@ def fused_case(
     distribution: str = "gaussian",
     multiprocessors: int = 4,
     offset: tuple[int, int] = (3, 512),
+    transposed: bool = False,
 ) -> None:
     ops = native(multiprocessors)
-    w = rand(fan_out, fan_in + 8, dtype=dtype)[:, :fan_in]
+    rows, cols = (fan_in, fan_out) if transposed else (fan_out, fan_in)
+    w = rand(rows, cols + 8, dtype=dtype)[:, :cols]
     x = rand(1 if shared else branches, tokens, fan_in, dtype=dtype, seed=2)
     b = rand(branches, fan_out, seed=4) if bias else None
     rest = (seeds_of(terms), table(branches, terms), PID, *offset, distribution)
     takes = ops.takes_few if dtype == torch.float32 else ops.takes_fused
-    assert takes(x, w, tokens, offset[1], False)
-    got = ops.linear(x[0] if shared else x, w, b, *rest, shared, False)
-    exact = exact_linear(x.expand(branches, tokens, fan_in), w, b, *rest)
+    assert takes(x, w, tokens, offset[1], transposed)
+    got = ops.linear(x[0] if shared else x, w, b, *rest, shared, transposed)
+    exact = exact_linear(x.expand(branches, tokens, fan_in), w, b, *rest, transposed=transposed)
     # float32 sums of exact products, rounded once.
-    scale = F.linear(x.double().abs(), w.double().abs() + 0.5).amax()
+    scale = F.linear(x.double().abs(), (w.mT if transposed else w).double().abs() + 0.5).amax()
     bound = 0.5 * torch.finfo(dtype).eps * exact.abs() + 2**-24 * 40 * scale
     assert got.dtype == dtype
     assert bool(((got.double() - exact).abs() <= bound).all()), (tokens, fan_in, fan_out)
@@ -444,6 +452,34 @@ def test_fused_product_of_any_size(tokens: int, fan_in: int, fan_out: int) -> No
 )
 def test_float32_product_of_any_size(tokens: int, fan_in: int, fan_out: int) -> None:
     fused_case(tokens, fan_in, fan_out, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_transposed_product(dtype: torch.dtype, distribution: str) -> None:
+    """Outputs on both sides of the signs' words, of 32 columns, and of the group's end."""
+    fused_case(5, 520, 344, dtype=dtype, distribution=distribution, bias=True, transposed=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fan_in", "fan_out"),
+    [
+        *((1, 8, 8), (1, 64, 16), (8, 248, 40), (9, 256, 264), (32, 264, 256), (33, 40, 520)),
+        (64, 72, 328),
+    ],
+)
+def test_transposed_product_of_any_size(tokens: int, fan_in: int, fan_out: int) -> None:
+    """Less and more than a slice of rows, than a block's outputs, than a group of columns."""
+    fused_case(tokens, fan_in, fan_out, transposed=True)
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 1000])
+def test_transposed_product_split_in_any_way(multiprocessors: int, distribution: str) -> None:
+    """One, two and four warps behind each other; slices without a warp; parts of the rows."""
+    for tokens, fan_in in [(3, 768), (3, 200), (20, 1288), (40, 72)]:
+        split = {"multiprocessors": multiprocessors, "distribution": distribution}
+        fused_case(tokens, fan_in, 152, bias=True, transposed=True, **split)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 1000])
@@ -475,6 +511,22 @@ def test_parts_of_the_columns_are_whole_and_not_for_nothing(sixteen_bit: bool) -
     assert len(seen) > 3
 
 
+def test_parts_of_the_rows_are_whole_and_not_for_nothing() -> None:
+    parts = native()._linear_transposed_parts
+    seen = set()
+    for rows, cols in itertools.product((8, 256, 264, 4096, 11008), (8, 100, 768, 3072, 50000)):
+        for branches, processors in itertools.product((1, 2, 6), (1, 108, 132)):
+            count = parts(rows, cols, 5, branches, processors)
+            assert 1 <= count <= 8
+            slices = -(-rows // 32)
+            assert -(-slices // count) * (count - 1) < slices
+            seen.add(count)
+            if processors == 1:
+                assert count == 1
+    assert parts(3072, 768, 5, 2, 132) > 1
+    assert len(seen) > 3
+
+
 def test_the_product_refuses_parts_that_do_not_fit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, w = rand(2, 3, 256, dtype=dtype), rand(16, 256, dtype=dtype)
@@ -486,6 +538,13 @@ def test_the_product_refuses_parts_that_do_not_fit() -> None:
                     *(y, x, w, None, seeds_of(1), table(2, 1), partial, None, None, None, False),
                     *(PID, 0, 0, 0, False, 4, 0),
                 )
+    y, w = torch.empty(2, 3, 16, dtype=dtype), rand(256, 16, dtype=dtype)
+    for parts in (9, 7):  # of eight slices
+        partial = torch.empty(parts, *y.shape)
+        with pytest.raises(RuntimeError, match="a part without rows"):
+            native()._linear_transposed(
+                *(y, x, w, None, seeds_of(1), table(2, 1), partial, PID, 0, 0, 0, False, 4, 0)
+            )
 
 
 @pytest.mark.parametrize(("branches", "terms"), [(1, 1), (2, 0), (3, 2), (5, 3), (4, 4)])
@@ -494,6 +553,16 @@ def test_fused_product_of_branches_and_terms(branches: int, terms: int) -> None:
         fused_case(
             4, 264, 24, dtype=dtype, branches=branches, terms=terms, shared=shared, bias=shared
         )
+    for shared, distribution in itertools.product((False, True), noise.DISTRIBUTIONS):
+        fused_case(
+            *(4, 264, 24),
+            branches=branches,
+            terms=terms,
+            shared=shared,
+            bias=shared,
+            distribution=distribution,
+            transposed=True,
+        )
 
 
 def test_fused_and_tiled_products_share_their_weights() -> None:
@@ -501,7 +570,13 @@ def test_fused_and_tiled_products_share_their_weights() -> None:
     dtype = torch.bfloat16
     w = rand(40, 64, dtype=dtype)
     x = torch.eye(64, dtype=dtype).expand(2, 64, 64)
-    rest = (seeds_of(2), table(2, 2), PID, 7, 256, "gaussian")
+    for distribution in noise.DISTRIBUTIONS:
+        rest = (seeds_of(2), table(2, 2), PID, 7, 256, distribution)
+        turned = rand(64, 352, dtype=dtype)
+        assert native().takes_fused(x.contiguous(), turned, 64, 256, True)
+        displaced = cpp.displace(turned, *rest, "nearest", None)
+        same(native().linear(x, turned, None, *rest, False, True), displaced)
+    rest = (*rest[:-1], "gaussian")
     displaced = cpp.displace(w, *rest, "nearest", None).transpose(1, 2)
     same(native().linear(x, w, None, *rest, False, False), displaced.contiguous())
     big = x.repeat(1, 2, 1)
@@ -519,6 +594,7 @@ def test_what_the_fused_product_leaves_to_tiles() -> None:
     assert not ops.takes_few(*wide, FEW_TOKENS + 1, 0, False)
     assert not ops.takes_few(x, w, 4, 0, False)
     assert not ops.takes_few(*wide, 4, 0, True)
+    assert ops.takes_fused(x[..., :16].contiguous(), w, FUSED_TOKENS, 256, True)
     assert not ops.takes_few(*wide, 4, 4, False)
     assert not ops.takes_few(wide[0], w.float()[:, :62], 4, 0, False)
     for x_, w_, tokens, offset, transposed in [
@@ -526,7 +602,6 @@ def test_what_the_fused_product_leaves_to_tiles() -> None:
         (x, w, FUSED_TOKENS + 1, 0, False),
         (x, w, 0, 0, False),
         (x, w, 4, 255, False),
-        (x, w, 4, 0, True),
         (x, w[:, :60], 4, 0, False),
         (x, w.t().contiguous().t(), 4, 0, False),
         (x, rand(16, 65, dtype=torch.bfloat16)[:, :64], 4, 0, False),
@@ -534,9 +609,26 @@ def test_what_the_fused_product_leaves_to_tiles() -> None:
         (rand(513, dtype=torch.bfloat16)[1:].view(2, 4, 64), w, 4, 0, False),
     ]:
         assert not ops.takes_fused(x_, w_, tokens, offset, transposed)
+    turned, x = rand(64, 16, dtype=torch.bfloat16), rand(2, 4, 64, dtype=torch.bfloat16)
+    for x_, w_, tokens, offset in [
+        (x, turned.float(), 4, 0),
+        (x, turned, FUSED_TOKENS + 1, 0),
+        (x, turned, 4, 8),
+        (x[..., :60].contiguous(), turned[:60], 4, 0),
+        (x, turned[:, :12], 4, 0),
+        (x, turned.t().contiguous().t(), 4, 0),
+        (x, rand(64, 17, dtype=torch.bfloat16)[:, :16], 4, 0),
+        (rand(516, dtype=torch.bfloat16)[4:].view(2, 4, 64), turned, 4, 0),
+    ]:
+        assert not ops.takes_fused(x_, w_, tokens, offset, True)
+    rest = (seeds_of(1), table(2, 1), PID, 0, 255, "gaussian", False)
     with pytest.raises(RuntimeError, match="does not take"):
-        rest = (seeds_of(1), table(2, 1), PID, 0, 255, "gaussian", False, None)
-        ops._fused(x, w, None, *rest)
+        ops._fused(x, w, None, *rest, None)
+    with pytest.raises(RuntimeError, match="does not take"):
+        ops._fused_transposed(x, turned, None, *rest)
+    rest = (*rest[:4], 0, *rest[5:])
+    with pytest.raises(RuntimeError, match="does not take"):
+        ops._fused_transposed(x[..., :60].contiguous(), turned[:60], None, *rest)
 
 
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
@@ -590,7 +682,11 @@ def fused_digest(dtype: torch.dtype) -> bytes:
         "gaussian",
         False,
     )
-    parts = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in (w, y)]
+    turned = []
+    for distribution in noise.DISTRIBUTIONS:
+        stored = rand(520, 328, dtype=dtype, seed=7)
+        turned.append(native().linear(x, stored, None, *rest, PID, 0, 0, distribution, False, True))
+    parts = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in (w, y, *turned)]
     return hashlib.sha256(b"".join(parts)).digest()
 
 
@@ -648,10 +744,15 @@ def test_the_plan_of_a_product_is_the_backends(
     assert (fused.kind, fused.scratch_bytes, fused.noise) == ("fused", 0, 2 * 512 * 264)
     few = plan_linear(512, 260, tokens=8, dtype=torch.float32, device="cuda")
     assert (few.kind, few.scratch_bytes, few.noise) == ("fused", 0, 512 * 260)
+    turned = plan_linear(264, 512, tokens=64, dtype=torch.bfloat16, device="cuda", transposed=True)
+    assert (turned.kind, turned.scratch_bytes, turned.noise) == ("fused", 0, 512 * 264)
+    odd = plan_linear(260, 512, tokens=1, dtype=torch.bfloat16, device="cuda", transposed=True)
+    assert odd.kind == "tiles"
     for change in (
         {"tokens": 65},
         {"tokens": 9, "dtype": torch.float32},
-        {"tokens": 1, "transposed": True},
+        {"tokens": 65, "transposed": True},
+        {"tokens": 1, "dtype": torch.float32, "transposed": True},
     ):
         given = {"tokens": 64, "dtype": torch.bfloat16, "device": "cuda", **change}
         assert plan_linear(512, 264, **given).kind == "tiles"

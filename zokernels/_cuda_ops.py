@@ -20,7 +20,8 @@ from zokernels.noise import matrix_shape
 
 # Tokens a branch up to which a product draws its noise once and multiplies in registers. Above it
 # the noise would be drawn again for every 64 tokens, and a tile in scratch is multiplied by the
-# vendor's product instead. From instruction counts (csrc/cuda/linear.cu); not measured.
+# vendor's product instead. From instruction counts (csrc/cuda/linear.cu, linear_transposed.cu); not
+# measured.
 FUSED_TOKENS = 64
 # The same for float32 weights, by plain fma (csrc/cuda/linear_few.cu).
 FEW_TOKENS = 8
@@ -50,12 +51,11 @@ def tile_outputs(
     return min(fan_out, (step + 255) // 256 * 256)
 
 
-def _whole_runs(w: Tensor, col_offset: int, transposed: bool) -> bool:
+def _whole_runs(w: Tensor, col_offset: int) -> bool:
     """Whether the rows of a weight are whole, aligned runs of sixteen bytes, and begin a group."""
     run = 16 // w.element_size()
     return (
-        not transposed
-        and w.shape[1] > 0
+        w.shape[1] > 0
         and w.shape[1] % run == 0
         and w.stride(1) == 1
         and (w.shape[0] == 1 or w.stride(0) % run == 0)
@@ -96,6 +96,8 @@ class Native:
         self._displace_vectors = ops.displace_vectors_.default
         self._linear = ops.linear_.default
         self._linear_parts = ops.linear_parts.default
+        self._linear_transposed = ops.linear_transposed_.default
+        self._linear_transposed_parts = ops.linear_transposed_parts.default
         self._table_bytes = ops.table_bytes.default
         self._stream = stream
         self._multiprocessors = multiprocessors
@@ -304,12 +306,16 @@ class Native:
     def takes_fused(
         self, x: Tensor, w: Tensor, tokens: int, col_offset: int, transposed: bool
     ) -> bool:
-        """Whether the fused product serves a call: 16-bit weights in aligned rows, few tokens."""
+        """Whether the fused product serves a call: 16-bit weights in aligned rows, few tokens.
+
+        Of transposed ones the activations are read sixteen bytes at a time.
+        """
         return (
             w.dtype != torch.float32
             and 0 < tokens <= FUSED_TOKENS
-            and x.data_ptr() % 8 == 0
-            and _whole_runs(w, col_offset, transposed)
+            and x.data_ptr() % (16 if transposed else 8) == 0
+            and (not transposed or w.shape[0] % 8 == 0)
+            and _whole_runs(w, col_offset)
         )
 
     def takes_few(
@@ -320,7 +326,8 @@ class Native:
             w.dtype == torch.float32
             and 0 < tokens <= FEW_TOKENS
             and x.data_ptr() % 16 == 0
-            and _whole_runs(w, col_offset, transposed)
+            and not transposed
+            and _whole_runs(w, col_offset)
         )
 
     def linear(
@@ -349,8 +356,15 @@ class Native:
             return y if bias is None else y + bias.to(w.dtype).view(branches, *[1] * len(lead), -1)
         call = (x, w, tokens, col_offset, transposed)
         if self.takes_fused(*call) or self.takes_few(*call):
-            y = self._fused(x, w, bias, seeds, coeffs, *place, shared, None)
-        elif self.takes_fused(x, w, 1, col_offset, transposed) and self.wgmma.takes(x, w, tokens):
+            if transposed:
+                y = self._fused_transposed(x, w, bias, seeds, coeffs, *place, shared)
+            else:
+                y = self._fused(x, w, bias, seeds, coeffs, *place, shared, None)
+        elif (
+            not transposed
+            and self.takes_fused(x, w, 1, col_offset, False)
+            and self.wgmma.takes(x, w, tokens)
+        ):
             y = self.wgmma.linear(x, w, bias, seeds, coeffs, *place, shared)
         else:
             y = self._tiles(x, w, bias, seeds, coeffs, *place, transposed)
@@ -388,6 +402,43 @@ class Native:
             partial,
             *[None if t is None else t.contiguous() for t in last],
             pending is not None and pending[3] == "stochastic",
+            param_id,
+            row_offset,
+            col_offset,
+            DISTRIBUTION[distribution],
+            shared,
+            processors,
+            self._stream(w.device),
+        )
+        return y
+
+    def _fused_transposed(
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        seeds: Tensor,
+        coeffs: Tensor,
+        param_id: int,
+        row_offset: int,
+        col_offset: int,
+        distribution: str,
+        shared: bool,
+    ) -> Tensor:
+        branches, tokens, processors = coeffs.shape[0], x.shape[1], self._multiprocessors(w.device)
+        y = torch.empty((branches, tokens, w.shape[1]), dtype=w.dtype, device=w.device)
+        parts = self._linear_transposed_parts(*w.shape, tokens, branches, processors)
+        partial = None
+        if parts > 1:
+            partial = torch.empty((parts, *y.shape), dtype=torch.float32, device=w.device)
+        self._linear_transposed(
+            y,
+            x,
+            w,
+            None if bias is None else bias.contiguous(),
+            seeds.contiguous(),
+            coeffs.contiguous(),
+            partial,
             param_id,
             row_offset,
             col_offset,

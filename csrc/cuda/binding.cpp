@@ -416,6 +416,30 @@ int64_t linear_sm90_parts_(int64_t rows, int64_t cols, int64_t tokens, int64_t b
   return linear_sm90_parts(rows, cols, tokens, branches, static_cast<int>(multiprocessors));
 }
 
+// y [branches, tokens, cols], x [branches or 1, tokens, rows], all contiguous; w aligned, its columns
+// the outputs. partial float32 [parts, branches, tokens, cols], parts from linear_transposed_parts;
+// none: one part.
+void linear_transposed_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds,
+                        Tensor coeffs, std::optional<Tensor> partial, int64_t param_id,
+                        int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared,
+                        int64_t multiprocessors, int64_t stream) {
+  const Guard guard(y);
+  LinearArgs a = linear_args(y, x, w, bias, seeds, coeffs, param_id, row_offset, col_offset,
+                             distribution, shared);
+  if (a.w.rows % columns_of(a.w.dtype))
+    throw std::runtime_error("zokernels: the fused product does not take this weight");
+  a.x_branch_stride = shared ? 0 : a.tokens * a.w.rows;
+  a.multiprocessors = static_cast<int>(multiprocessors);
+  auto* const sums = partial ? static_cast<float*>(partial->data_ptr()) : nullptr;
+  const int parts = partial ? static_cast<int>(partial->size(0)) : 1;
+  check(linear_transposed(a, sums, parts, stream_of(stream)));
+}
+
+int64_t linear_transposed_parts_(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
+                                 int64_t multiprocessors) {
+  return linear_transposed_parts(rows, cols, tokens, branches, static_cast<int>(multiprocessors));
+}
+
 int64_t table_bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(Entry)); }
 
 }  // namespace
@@ -464,6 +488,13 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
   m.def(
       "linear_sm90_parts(int rows, int cols, int tokens, int branches, int multiprocessors) -> "
       "int");
+  m.def(
+      "linear_transposed_(Tensor(a!) y, Tensor x, Tensor w, Tensor? bias, Tensor seeds, "
+      "Tensor coeffs, Tensor(b!)? partial, int param_id, int row_offset, int col_offset, "
+      "int distribution, bool shared, int multiprocessors, int stream) -> ()");
+  m.def(
+      "linear_transposed_parts(int rows, int cols, int tokens, int branches, int multiprocessors) "
+      "-> int");
   m.def("has_sm90a() -> bool");
   m.def("table_bytes(int count) -> int");
 }
@@ -483,6 +514,8 @@ STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("linear_parts", TORCH_BOX(&zk::linear_parts_));
   m.impl("linear_sm90_", TORCH_BOX(&zk::linear_sm90_));
   m.impl("linear_sm90_parts", TORCH_BOX(&zk::linear_sm90_parts_));
+  m.impl("linear_transposed_", TORCH_BOX(&zk::linear_transposed_));
+  m.impl("linear_transposed_parts", TORCH_BOX(&zk::linear_transposed_parts_));
   m.impl("has_sm90a", TORCH_BOX(&zk::has_sm90a));
   m.impl("table_bytes", TORCH_BOX(&zk::table_bytes));
 }

@@ -37,6 +37,8 @@ ZK_DEVICE int64_t block_x() { return blockIdx.x; }
 ZK_DEVICE int64_t block_y() { return blockIdx.y; }
 ZK_DEVICE int64_t block_z() { return blockIdx.z; }
 ZK_DEVICE void barrier() { __syncthreads(); }
+// Of the lanes of a warp, in place of all threads.
+ZK_DEVICE void warp_barrier() { __syncwarp(); }
 
 // What was read from memory before is read anew after.
 ZK_DEVICE void forget() { asm volatile("" ::: "memory"); }
@@ -64,6 +66,22 @@ ZK_DEVICE Vec16 load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
+// Of global memory that no kernel writes meanwhile; zeros when not `valid`, without a branch.
+ZK_DEVICE Vec16 load16_if(const void* p, bool valid) {
+  Vec16 v;
+  asm("{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.b32 valid, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@valid ld.global.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+      "}\n"
+      : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3])
+      : "l"(__cvta_generic_to_global(p)), "r"(static_cast<int>(valid)));
+  return v;
+}
 ZK_DEVICE void store16(void* p, Vec16 v) {
   *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
 }
@@ -81,11 +99,29 @@ ZK_DEVICE void copy16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes)
                : "memory");
 }
+// The same by way of the first-level cache, for lines that other warps of the block read as well.
+ZK_DEVICE void copy16_near(void* to, const void* from, bool valid) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes)
+               : "memory");
+}
 ZK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all but the `newest` latest groups of this thread.
 template <int newest>
 ZK_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements in shared memory, transposed: lane 8 m + i gives the
+// address of row i of matrix m and receives elements r of rows 2 q and 2 q + 1 of each, lane = 4 r
+// + q.
+ZK_DEVICE void load_turned(const void* p, uint32_t d[4]) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(at)
+               : "memory");
 }
 
 // d += a b for one 16 x 16 (row) by 16 x 8 (column) product, float32 sums; the fragments of the PTX

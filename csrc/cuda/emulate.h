@@ -199,6 +199,7 @@ inline int64_t block_z() { return emulate::block().z; }
 inline void forget() {}
 inline void opaque(uint32_t&) {}
 inline void barrier() { emulate::meet(emulate::block().all, emulate::block().threads); }
+inline void warp_barrier() { emulate::meet_warp(); }
 
 template <class T>
 T shuffle_xor(T x, int mask) {
@@ -247,6 +248,9 @@ inline Vec16 load16(const void* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
+inline Vec16 load16_if(const void* p, bool valid) {
+  return valid ? load16(p) : Vec16{{0u, 0u, 0u, 0u}};
+}
 inline void store16(void* p, Vec16 v) {
   aligned(p, 16);
   std::memcpy(p, &v, 16);
@@ -268,6 +272,7 @@ inline void copy16(void* to, const void* from, bool valid) {
   std::memset(to, 0xFF, 16);
   emulate::block().thread[static_cast<size_t>(thread())].groups.back().push_back({to, from, valid});
 }
+inline void copy16_near(void* to, const void* from, bool valid) { copy16(to, from, valid); }
 inline void commit_copies() {
   emulate::block().thread[static_cast<size_t>(thread())].groups.emplace_back();
 }
@@ -297,6 +302,24 @@ uint32_t pack(float low, float high) {
     return bf16_nearest(low) | static_cast<uint32_t>(bf16_nearest(high)) << 16;
   else
     return fp16_nearest(low) | static_cast<uint32_t>(fp16_nearest(high)) << 16;
+}
+
+inline void load_turned(const void* p, uint32_t d[4]) {
+  aligned(p, 16);
+  const int me = thread(), lane = me % emulate::kWarp, first = me - lane;
+  std::memcpy(emulate::slot(me), &p, sizeof p);
+  emulate::meet_warp();
+  for (int m = 0; m < 4; ++m) {
+    d[m] = 0;
+    for (int half = 0; half < 2; ++half) {
+      const char* row;
+      std::memcpy(&row, emulate::slot(first + m * 8 + lane % 4 * 2 + half), sizeof row);
+      uint16_t element;
+      std::memcpy(&element, row + lane / 4 * 2, 2);
+      d[m] |= static_cast<uint32_t>(element) << 16 * half;
+    }
+  }
+  emulate::meet_warp();
 }
 
 // The fragments of mma.m16n8k16 as the PTX manual lays them out.

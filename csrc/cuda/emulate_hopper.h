@@ -108,8 +108,6 @@ inline const char* encode(const BoxedTensor& t, TensorMap& map) {
   return nullptr;
 }
 
-inline void warp_barrier() { emulate::meet_warp(); }
-
 inline void make_barrier(Barrier* b, int arrivals) {
   aligned(b, 8);
   auto& all = emulate::hopper().barriers;

@@ -97,9 +97,6 @@ ZK_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Every lane of the warp, together again after one of them had work of its own.
-ZK_DEVICE void warp_barrier() { __syncwarp(); }
-
 // One thread makes the barriers, fences, and meets the others at barrier().
 ZK_DEVICE void make_barrier(Barrier* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)

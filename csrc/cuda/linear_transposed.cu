@@ -1,0 +1,375 @@
+// linear.cu's product for weights stored [in, out] (GPT-2's Conv1D): y_g = x_g W_g + bias_g,
+// W_g = round(W + sum_k C[g,k] z_k), for two branches g at once, 16-bit weights and activations,
+// float32 sums. W_g exists in registers only.
+//
+// The noise follows the stored matrix: one Philox call, a (row, column) of a quarter, gives that
+// column in all four quarters of a group of 256, here four outputs of one input. Outputs are the
+// rows of mma.m16n8k16's left factor, so that two quarters, eight outputs of each, are the sixteen
+// of a product, and the four a thread draws together meet in two products:
+//
+//   lane = 4 r + q owns column l0 + r of every quarter. Of a slice (32 rows of the weight, that is
+//   32 of the product's columns) it owns rows 8 q .. 8 q + 7; four of them at a time (half h) fill
+//   a product: its columns 2q, 2q + 1, 2q + 8, 2q + 9 are rows 8q + 4h + {0, 1, 2, 3}. A product
+//   sums over its columns in any order, so x is read sixteen adjacent bytes a thread, for both
+//   halves. In memory outputs are adjacent, in a fragment two rows of one output: ldmatrix
+//   transposes on the way from shared memory, a whole fragment (two quarters) at a time.
+//
+// Weights come by cp.async, one slice ahead, into memory of the warp's own: a warp barrier a slice
+// and none for the block. A warp's eight columns are half of the 32 bytes that memory is read in;
+// the warp beside it finds the other half in the first-level cache.
+//
+// Rademacher: the lanes of a warp need few different calls, two a row; each makes one and sends
+// what the others need by shuffles.
+//
+// Block: 8 warps, 8 / warps_k of them side by side (8 columns of each quarter, 32 outputs), warps_k
+// behind each other taking every warps_k-th slice; their sums meet in shared memory and are added
+// in order. Grid: outputs, blocks of 8 NT tokens, pairs of branches times parts of the rows; the
+// sums of several parts meet in global memory and are added in order, as linear.cu's.
+//
+// Ceiling, from the machine code for sm_80 with one seed; instructions a weight, with Gaussian and
+// with Rademacher noise:
+//
+//   tokens a branch                                  1 to 8      9 to 32     33 to 64
+//   the noise and its two fma                        40 14       40 14       40 14
+//   unpacking, packing, copies and loops              5  5        5  5        5  5
+//   products and activations                          1  1        4  4        9  9
+//   in all                                           46 20       49 24       54 28
+//   cycles of a multiprocessor, at 128 a cycle     0.36 0.16   0.38 0.19   0.42 0.22
+//   TB/s of weights, 132 of them at 1.8 GHz         1.3 3.0     1.2 2.6     1.1 2.2
+//
+// Scratch tiles take 0.48 (0.34) cycles at these sizes (linear_sm90.cu), so this product should win
+// up to 64 tokens. With more it would draw the noise again for every 64, 0.84 (0.44) cycles, and
+// the caller multiplies through scratch. Up to 8 tokens two blocks share a multiprocessor; from 9
+// on sums take 64 and 128 registers and one block has it for itself: the sixteen normals that a
+// thread draws at a time are independent of each other, which has to hide the latencies.
+// (Arithmetic, not measurements.)
+#include "access.h"
+#include "launch.h"
+
+namespace zk {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kSlice = 32;  // rows of the weight, that is inputs, a warp takes at a time
+// A slice of a warp: eight columns of each quarter, 32 rows. Quarters lie 32 bytes further apart
+// than they are long, so that the copies of eight lanes meet all banks.
+constexpr int kQuarterBytes = kSlice * 16 + 32;
+constexpr int kTileBytes = 4 * kQuarterBytes;
+constexpr int kStageBytes = kWarps * kTileBytes;
+constexpr size_t kShared = size_t{2} * kStageBytes;
+// Each part's sums are four bytes an output, written and read again.
+constexpr int kMostParts = 8;
+
+struct Split {
+  int warps_k;
+  uint32_t first_group;
+  int slices;       // of the matrix
+  int slices_each;  // of a part
+  int parts;
+};
+
+// Of rows `row` + 8 q + {0, 1, 2, 3}, in column l0 + lane / 4 of every quarter: use(i, z) gets the
+// four values of row i. Every lane of the warp takes part.
+template <Distribution kind, class Use>
+ZK_DEVICE void draw_rows(uint64_t seed, uint32_t param_id, uint32_t row, uint32_t group,
+                         uint32_t l0, uint32_t lane, const Use& use) {
+  const uint32_t r = lane / 4u, q = lane % 4u;
+  if constexpr (kind == Distribution::gaussian) {
+    uint32_t column = group * 64u + l0 + r;
+    dev::opaque(column);
+    ZK_UNROLL
+    for (uint32_t i = 0; i < 4; ++i) {
+      const PhiloxWords w =
+          philox_words(row_state(seed, row + 8u * q + i, param_id, Stream::direction), column);
+      float z[4];
+      normal_pair(w.w[0], w.w[1], z[0], z[1]);
+      normal_pair(w.w[2], w.w[3], z[2], z[3]);
+      use(i, z);
+    }
+  } else {
+    // Two calls hold the signs of a row's group; sixteen rows are a call a lane. Lane 2 i + h draws
+    // row 8 (i / 4) + i % 4 in quarters 2 h and 2 h + 1 and keeps the eight columns of the warp.
+    const uint32_t h = lane % 2u, shift = l0 % 32u;
+    const PhiloxWords w = philox_words(
+        row_state(seed, row + lane / 8u * 8u + lane / 2u % 4u, param_id, Stream::direction),
+        group * 2u + h);
+    const bool upper = l0 >= 32u;
+    const uint32_t even = (upper ? w.w[1] : w.w[0]) >> shift & 0xFFu;
+    const uint32_t odd = (upper ? w.w[3] : w.w[2]) >> shift & 0xFFu;
+    uint32_t mine = (even | odd << 8) << 16u * h;
+    mine |= dev::shuffle_xor(mine, 1);
+    ZK_UNROLL
+    for (uint32_t i = 0; i < 4; ++i) {
+      // Byte j: the signs of quarter j.
+      const auto signs = static_cast<uint32_t>(
+          dev::from_lane(static_cast<int32_t>(mine), static_cast<int>(8u * q + 2u * i)));
+      const uint32_t own = signs << (7u - r);
+      float z[4];
+      ZK_UNROLL
+      for (uint32_t j = 0; j < 4; ++j)
+        z[j] = bits_float(0x3F800000u | ((own << (24u - 8u * j)) & 0x80000000u));
+      use(i, z);
+    }
+  }
+}
+
+// sum += left x^T over the rows of a slice, from row k of this lane's quad on. A token that is not
+// there reads the last one's and is not stored.
+template <DType T, int NT>
+ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int token0, int k,
+                        const uint32_t left[2][2][2][4], float sum[2][2][NT][4]) {
+  const int tokens = static_cast<int>(a.tokens);
+  const auto row_bytes = static_cast<uint32_t>(a.w.rows) * 2u;
+  const auto last = static_cast<uint32_t>(tokens) - 1u;
+  auto row = static_cast<uint32_t>(token0 + dev::thread() % 32 / 4);
+  dev::opaque(row);
+  const char* const base = a.x + (first * a.x_branch_stride + k) * 2;
+  const int64_t stride = a.x_branch_stride * 2;
+  const bool inside = k < static_cast<int>(a.w.rows);
+  ZK_UNROLL
+  for (int tile = 0; tile < NT; ++tile) {
+    if (tile > 0 && token0 + tile * 8 >= tokens) continue;
+    const uint32_t own = row + static_cast<uint32_t>(tile) * 8u;
+    const char* const at = base + (own < last ? own : last) * row_bytes;
+    ZK_UNROLL
+    for (int g = 0; g < 2; ++g) {
+      if (g == 1 && !two) continue;
+      const Vec16 right = dev::load16_if(at + g * stride, inside);
+      ZK_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        ZK_UNROLL
+        for (int p = 0; p < 2; ++p) dev::mma<T>(sum[g][p][tile], left[g][h][p], right.w + 2 * h);
+      }
+    }
+  }
+}
+
+template <DType T, Distribution kind, int NT>
+ZK_KERNEL void ZK_BOUNDS(kThreads, NT == 1 ? 2 : 1)
+    linear_transposed_kernel(const LinearArgs a, const Split split, float* partial) {
+  const int warp = dev::thread() / 32, lane = dev::thread() % 32, q = lane % 4, r = lane / 4;
+  const int wide = kWarps / split.warps_k;
+  const int warp_n = warp % wide, warp_k = warp / wide;
+  const auto block = static_cast<uint32_t>(dev::block_x());
+  const uint32_t of_group = block % static_cast<uint32_t>(split.warps_k);
+  const auto panel = static_cast<int>(block / static_cast<uint32_t>(split.warps_k));
+  const int outputs = static_cast<int>(a.w.cols), inputs = static_cast<int>(a.w.rows);
+  if (panel * 256 + static_cast<int>(of_group) * wide * 8 >= outputs) return;
+  const uint32_t group = split.first_group + static_cast<uint32_t>(panel);
+  const uint32_t l0 = (of_group * static_cast<uint32_t>(wide) + static_cast<uint32_t>(warp_n)) * 8u;
+  const int n0 = panel * 256 + static_cast<int>(l0);  // of quarter 0
+  const int tokens = static_cast<int>(a.tokens);
+  const int token0 = static_cast<int>(dev::block_y()) * (8 * NT);
+  const auto part = static_cast<uint32_t>(dev::block_z()) % static_cast<uint32_t>(split.parts);
+  const int64_t first =
+      static_cast<uint32_t>(dev::block_z()) / static_cast<uint32_t>(split.parts) * 2;
+  const int begin = static_cast<int>(part) * split.slices_each;
+  const int end =
+      begin + split.slices_each < split.slices ? begin + split.slices_each : split.slices;
+  const bool two = first + 1 < a.branches;
+  char* const tile = dev::shared() + warp * kTileBytes;
+
+  // Row 8 q + 4 h + 2 s + b of a slice lies at 16 h + 8 s + 2 q + b: eight rows of a fragment are
+  // adjacent. Lane 4 e + j copies rows e, e + 8, e + 16, e + 24 of quarter j.
+  const int e = lane / 4;
+  char* const to = tile + q * kQuarterBytes + (e / 2 * 8 + e % 2) * 16;
+  const bool copies = n0 + 64 * q < outputs;
+  // Of the next slice to be copied.
+  const char* source =
+      a.w.data + (int64_t{(begin + warp_k) * kSlice + e} * a.w.row_stride + n0 + 64 * q) * 2;
+  const auto fetch = [&](int slice, int slot) {
+    const char* at = source;
+    ZK_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      const bool valid = copies && slice * kSlice + v * 8 + e < inputs;
+      dev::copy16_near(to + slot * kStageBytes + v * 32, valid ? at : a.w.data, valid);
+      at += a.w.row_stride * 16;
+    }
+    source += a.w.row_stride * (2 * kSlice) * split.warps_k;
+  };
+  // Lanes 8 m + i point at row i of matrix m: of quarter m % 2, rows 8 (m / 2) on.
+  const char* const from = tile + lane / 8 % 2 * kQuarterBytes + lane / 16 * 128 + lane % 8 * 16;
+
+  float sum[2][2][NT][4];  // branch, pair of quarters, tokens
+  ZK_UNROLL
+  for (int i = 0; i < 16 * NT; ++i) sum[i / (8 * NT)][i / (4 * NT) % 2][i / 4 % NT][i % 4] = 0.0f;
+
+  if (begin + warp_k < end) fetch(begin + warp_k, 0);
+  dev::commit_copies();
+  int slot = 0;
+  ZK_NO_UNROLL
+  for (int slice = begin + warp_k; slice < end; slice += split.warps_k, slot ^= 1) {
+    dev::wait_copies<0>();
+    // The slice is there for every lane, and every lane has read the one before.
+    dev::warp_barrier();
+    if (slice + split.warps_k < end) fetch(slice + split.warps_k, slot ^ 1);
+    dev::commit_copies();
+    uint32_t left[2][2][2][4];  // branch, half, pair of quarters, register of the fragment
+    ZK_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float acc[2][4][4];  // branch, row, quarter
+      ZK_UNROLL
+      for (int p = 0; p < 2; ++p) {
+        uint32_t raw[4];
+        dev::load_turned(from + slot * kStageBytes + 2 * p * kQuarterBytes + h * 256, raw);
+        ZK_UNROLL
+        for (int m = 0; m < 4; ++m)
+          unpack<T>(raw[m], acc[0][m / 2 * 2][2 * p + m % 2], acc[0][m / 2 * 2 + 1][2 * p + m % 2]);
+      }
+      ZK_UNROLL
+      for (int i = 0; i < 16; ++i) acc[1][i / 4][i % 4] = acc[0][i / 4][i % 4];
+      const uint32_t row = a.place.row_offset + static_cast<uint32_t>(slice * kSlice + 4 * h);
+      // Entered once without terms too: a loop that may be passed by costs copies of all registers.
+      int64_t k = 0;
+      ZK_NO_UNROLL
+      do {
+        const bool any = k < a.terms.count;
+        const float c0 = any ? a.coeffs[first * a.terms.count + k] : 0.0f;
+        const float c1 = any && two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
+        if (c0 == 0.0f && c1 == 0.0f) continue;
+        draw_rows<kind>(static_cast<uint64_t>(a.terms.seeds[k]), a.place.param_id, row, group, l0,
+                        static_cast<uint32_t>(lane), [&](uint32_t i, const float z[4]) {
+                          ZK_UNROLL
+                          for (int j = 0; j < 4; ++j) {
+                            acc[0][i][j] = fma32(c0, z[j], acc[0][i][j]);
+                            acc[1][i][j] = fma32(c1, z[j], acc[1][i][j]);
+                          }
+                        });
+      } while (++k < a.terms.count);
+      ZK_UNROLL
+      for (int g = 0; g < 2; ++g) {
+        ZK_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          const int p = i / 4, m = i % 4;
+          left[g][h][p][m] =
+              dev::pack<T>(acc[g][m / 2 * 2][2 * p + m % 2], acc[g][m / 2 * 2 + 1][2 * p + m % 2]);
+        }
+      }
+    }
+    multiply<T, NT>(a, first, two, token0, slice * kSlice + 8 * q, left, sum);
+  }
+
+  // The sums of warps behind each other, in order, one branch and pair of quarters at a time.
+  auto* meeting = reinterpret_cast<float*>(dev::shared());
+  constexpr int values = NT * 4;
+  ZK_UNROLL
+  for (int gp = 0; gp < 4; ++gp) {
+    float (*own)[4] = sum[gp / 2][gp % 2];
+    dev::barrier();
+    if (warp_k > 0) {
+      float* at = meeting + ((warp_k - 1) * wide + warp_n) * (values * 32) + lane;
+      ZK_UNROLL
+      for (int i = 0; i < values; ++i) at[i * 32] = own[i / 4][i % 4];
+    }
+    dev::barrier();
+    ZK_NO_UNROLL
+    for (int k = 1; warp_k == 0 && k < split.warps_k; ++k) {
+      const float* at = meeting + ((k - 1) * wide + warp_n) * (values * 32) + lane;
+      ZK_UNROLL
+      for (int i = 0; i < values; ++i) own[i / 4][i % 4] += at[i * 32];
+    }
+  }
+  if (warp_k > 0) return;
+  ZK_UNROLL
+  for (int i = 0; i < 16 * NT; ++i) {
+    const int64_t branch = first + i / (8 * NT);
+    const int token = token0 + i / 4 % NT * 8 + q * 2 + i % 2;
+    const int n = n0 + r + 64 * (i / (4 * NT) % 2 * 2 + i % 4 / 2);
+    if (branch < a.branches && token < tokens && n < outputs) {
+      float y = sum[i / (8 * NT)][i / (4 * NT) % 2][i / 4 % NT][i % 4];
+      const int64_t at = (branch * a.tokens + token) * outputs + n;
+      if (partial) {
+        partial[part * (a.branches * a.tokens * outputs) + at] = y;
+        continue;
+      }
+      if (a.bias)
+        y += load_one(static_cast<const char*>(a.bias), branch * outputs + n, a.bias_dtype);
+      store_one(a.y, at, T, y);
+    }
+  }
+}
+
+using Kernel = void (*)(const LinearArgs, const Split, float*);
+
+// Tokens of a block, in eights. Products of tokens that are not there are skipped, so one size
+// serves fewer tokens too.
+int token_tiles(int64_t tokens) { return tokens > 32 ? 8 : tokens > 8 ? 4 : 1; }
+
+template <DType T, Distribution kind>
+Kernel choose(int tiles) {
+  if (tiles == 1) return linear_transposed_kernel<T, kind, 1>;
+  return tiles == 4 ? linear_transposed_kernel<T, kind, 4> : linear_transposed_kernel<T, kind, 8>;
+}
+
+int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
+
+struct Plan {
+  int warps_k, parts;
+};
+
+// As linear.cu's, in its units of 1600 issue cycles: eight warps need two for a slice each.
+Plan plan(int64_t groups, int64_t slices, int64_t tokens, int64_t branches, int multiprocessors,
+          int least_parts, int most_parts) {
+  const int64_t block_tokens = 8 * token_tiles(tokens);
+  const int64_t others = blocks_of(tokens, block_tokens) * blocks_of(branches, 2);
+  const int64_t own_tokens = 2 * (tokens < block_tokens ? tokens : block_tokens);
+  Plan best{1, 1};
+  int64_t least = -1;
+  for (int parts = least_parts; parts <= most_parts && parts <= slices; ++parts) {
+    const int64_t each = blocks_of(slices, parts);
+    if (blocks_of(slices, each) != parts) continue;
+    for (int warps_k = 1; warps_k <= 4; warps_k *= 2) {
+      const int64_t blocks = groups * warps_k * others * parts;
+      const int64_t draws = 2 * blocks_of(each, warps_k), reads = each * 64 * own_tokens / 38400;
+      int64_t time = blocks_of(blocks, multiprocessors) * ((draws > reads ? draws : reads) + 1);
+      if (parts > 1)
+        time += 4 + parts * branches * tokens * groups * 256 * 8 / (20480 * multiprocessors);
+      if (least < 0 || time < least) {
+        least = time;
+        best = {warps_k, parts};
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+int linear_transposed_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
+                            int multiprocessors) {
+  return plan(blocks_of(cols, kGaussianGroup), blocks_of(rows, kSlice), tokens, branches,
+              multiprocessors, 1, kMostParts)
+      .parts;
+}
+
+const char* linear_transposed(const LinearArgs& a, float* partial, int parts, void* stream) {
+  if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0 || a.w.cols == 0) return nullptr;
+  constexpr int64_t most = 0x7FFFFFFF - 256;
+  if (a.w.cols > most || a.w.rows > most || a.tokens > 0x7FFFFFFF / a.w.rows)
+    return "the product is too large";
+  if (a.pending.count > 0) return "this product takes no pending update";
+  if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
+  const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
+  const auto slices = static_cast<int>(blocks_of(a.w.rows, kSlice));
+  const auto each = static_cast<int>(blocks_of(slices, parts));
+  if (parts > 1 && each * (parts - 1) >= slices) return "a product has a part without rows";
+  const int nt = token_tiles(a.tokens);
+  const int warps_k =
+      plan(cut.groups, slices, a.tokens, a.branches, a.multiprocessors, parts, parts).warps_k;
+  const Split split{warps_k, cut.first_group, slices, each, parts};
+  const bool normal = a.distribution == Distribution::gaussian;
+  const Kernel kernel = a.w.dtype == DType::bf16
+                            ? normal ? choose<DType::bf16, Distribution::gaussian>(nt)
+                                     : choose<DType::bf16, Distribution::rademacher>(nt)
+                        : normal ? choose<DType::f16, Distribution::gaussian>(nt)
+                                 : choose<DType::f16, Distribution::rademacher>(nt);
+  const char* error = launch(kernel, int64_t{cut.groups} * warps_k, blocks_of(a.tokens, 8 * nt),
+                             blocks_of(a.branches, 2) * parts, kThreads, kShared, stream, a, split,
+                             parts > 1 ? partial : nullptr);
+  if (error || parts == 1) return error;
+  LinearArgs sums = a;  // whose outputs are rows
+  sums.w.rows = a.w.cols;
+  return add_parts(sums, partial, parts, stream);
+}
+
+}  // namespace zk
