@@ -7,6 +7,7 @@ backend built, the same cases run on the device.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import importlib.util
@@ -370,6 +371,46 @@ def test_machine_code(tmp_path: Path) -> None:
                 assert not (named if wide else first) & in_flight, line
                 meanwhile += 1
         assert meanwhile > 200  # half of the next slice's noise
+
+
+# --- bits that the emulation could misread as the kernel miswrites them ---------------------------
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    output = tmp_path_factory.mktemp("layout") / "layout.so"
+    cuda_emulated.compile_host([Path(__file__).with_name("cuda_hopper_layout.cpp")], output)
+    library = ctypes.CDLL(str(output))
+    library.t_factor_at.restype = ctypes.c_uint64
+    return library
+
+
+@pytest.mark.parametrize(
+    ("address", "offset", "start"),
+    [(0x400, 0, 0x40), (0x400, 32, 0x42), (0x18400, 0x6000, 0x1E40), (0x38000, 0xBE0, 0x38BE)],
+)
+def test_descriptor(layout: ctypes.CDLL, address: int, offset: int, start: int) -> None:
+    """PTX manual, wgmma's matrix descriptor: 14 bits each, of offsets without their low four."""
+    found = layout.t_factor_at(address, offset)
+    fields = {
+        "start": found & 0x3FFF,
+        "leading": found >> 16 & 0x3FFF,  # not read where rows are swizzled
+        "stride": found >> 32 & 0x3FFF,  # from eight rows of 64 bytes to the next eight
+        "base": found >> 49 & 7,
+        "swizzle": found >> 62,  # 1: 128 bytes, 2: 64, 3: 32
+    }
+    assert fields == {"start": start, "leading": 1, "stride": 512 >> 4, "base": 0, "swizzle": 2}
+    named = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
+    assert found & ~named == 0
+
+
+def test_swizzle_of_64_bytes(layout: ctypes.CDLL) -> None:
+    """PTX manual, tensor swizzling modes: where the four chunks of eight rows lie."""
+    manual = ["0123", "0123", "1032", "1032", "2301", "2301", "3210", "3210"]
+    for row in range(128):
+        for chunk in range(4):
+            place = row * 64 + int(manual[row % 8][chunk]) * 16
+            assert layout.t_swizzled(row, chunk) == place
 
 
 # --- that the emulation sees mistakes -------------------------------------------------------------
