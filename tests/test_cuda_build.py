@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,50 @@ def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
         assert registers <= most, f"{name} uses {registers} registers"
 
 
+def listed(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def check_symbols(library: Path) -> None:
+    """Of torch only what any torch has; of CUDA nothing: its runtime is inside and stays there."""
+    given = re.findall(r" T (\w+)", listed("nm", "-D", "--defined-only", str(library)))
+    assert sorted(given) == [
+        "zokernels_abi_version",
+        "zokernels_contract_version",
+        "zokernels_cuda_probe",
+    ]
+    names = listed("nm", "-D", str(library)).split()
+    assert not [n for n in names if re.match(r"_*(cuda|cu[A-Z]|nv[A-Z])", n)]
+    dynamic = listed("readelf", "-d", str(library))
+    needed = {name.split(".so")[0] for name in re.findall(r"NEEDED.*\[(.+)\]", dynamic)}
+    own = {"libtorch_cpu", "libc10"}
+    assert own <= needed <= own | {"libstdc++", "libgcc_s", "libc", "libm", "ld-linux-x86-64"}
+    assert "PATH" not in dynamic
+
+
+def disassembler() -> str | None:
+    """cuobjdump of a CUDA toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(own) if own.exists() else None
+    return found
+
+
+def check_machine_code(library: Path, chosen: list[str]) -> None:
+    """Every source for every architecture; for newer ones PTX without an "a", which they refuse."""
+    tool = disassembler()
+    if tool is None:
+        return
+    sources = len(list(SOURCES.glob("*.cu")))
+    machine = Counter(re.findall(r"\.sm_(\w+)\.cubin", listed(tool, "-lelf", str(library))))
+    assert machine == dict.fromkeys(chosen, sources)
+    ptx = Counter(re.findall(r"\.sm_(\w+)\.ptx", listed(tool, "-lptx", str(library))))
+    newest = max((a for a in chosen if a.isdigit()), key=int)
+    assert ptx == {newest: sources}
+
+
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -113,12 +159,14 @@ def test_the_library_builds_and_loads_without_a_gpu(chosen: str, tmp_path: Path)
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     library = tmp_path / "_zokernels_cuda.so"
+    check_symbols(library)
+    check_machine_code(library, chosen.split(";"))
     code = (
         "import torch, ctypes, zokernels\n"
         f"torch.ops.load_library({str(library)!r})\n"
         "ops = torch.ops.zokernels_cuda\n"
         "assert ops.table_bytes(3) == 3 * ops.table_bytes(1) > 0\n"
-        "for op in ('update_', 'project_', 'linear_', 'linear_transposed_', 'sparse_correct_', 'sparse_rows_'):\n"
+        "for op in ('update_', 'project_', 'linear_', 'linear_transposed_', 'sparse_rows_'):\n"
         "    getattr(ops, op)\n"
         f"assert ops.has_sm90a() is {'90a' in chosen}\n"
         "from zokernels import _load\n"

@@ -10,10 +10,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +22,7 @@ import pytest
 import test_conformance as conformance
 import torch
 import torch.nn.functional as F
-from test_cuda_build import FLAGS, NVCC, known_architectures, needs_nvcc
+from test_cuda_build import FLAGS, NVCC, disassembler, known_architectures, needs_nvcc
 from test_cuda_kernels import HALVES, PID, exact_linear, rand, seeds_of, table
 from torch import Tensor
 
@@ -320,16 +318,6 @@ def test_the_conformance_suites_products(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # --- the machine code -----------------------------------------------------------------------------
-
-
-def disassembler() -> str | None:
-    """cuobjdump of a CUDA toolkit, or the one that Triton brings."""
-    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(own) if own.exists() else None
-    return found
 
 
 @needs_nvcc
