@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernels._native import DISTRIBUTION
+from zokernels._native import DISTRIBUTION, remembered
 
 
 class Wgmma:
@@ -35,8 +35,8 @@ class Wgmma:
         limit: Callable[[torch.device], int],
     ) -> None:
         self._linear = ops.linear_sm90_.default
-        self._parts = ops.linear_sm90_parts.default
-        self._built = ops.has_sm90a.default
+        self._parts = remembered(ops.linear_sm90_parts.default)
+        self._built = remembered(ops.has_sm90a.default)
         self._stream = stream
         self._multiprocessors = multiprocessors
         self._limit = limit

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zokernels._cuda_hopper import Wgmma
 from zokernels._cuda_sparse import Sparse
-from zokernels._native import DISTRIBUTION, check_index, written
+from zokernels._native import DISTRIBUTION, check_index, remembered, written
 from zokernels.noise import matrix_shape
 
 # Tokens a branch up to which a product draws its noise once and multiplies in registers. Above it
@@ -95,9 +95,9 @@ class Native:
         self._project = ops.project_.default
         self._displace_vectors = ops.displace_vectors_.default
         self._linear = ops.linear_.default
-        self._linear_parts = ops.linear_parts.default
+        self._linear_parts = remembered(ops.linear_parts.default)
         self._linear_transposed = ops.linear_transposed_.default
-        self._linear_transposed_parts = ops.linear_transposed_parts.default
+        self._linear_transposed_parts = remembered(ops.linear_transposed_parts.default)
         self._table_bytes = ops.table_bytes.default
         self._stream = stream
         self._multiprocessors = multiprocessors
@@ -480,10 +480,7 @@ class Native:
                 place = (param_id, row_offset + start, col_offset)
             self.displace_(tile, part, seeds, coeffs, *place, distribution, "nearest")
             factor = tile if transposed else tile.transpose(1, 2)
-            if step == fan_out:
-                torch.bmm(x, factor, out=y)
-            else:
-                y[:, :, start:stop] = torch.bmm(x, factor)
+            torch.bmm(x, factor, out=y[:, :, start:stop])
         if bias is not None:
             y += bias[:, None]
         return y
