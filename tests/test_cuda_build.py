@@ -186,17 +186,21 @@ def test_auto_builds_for_a_cuda_torch(tmp_path: Path) -> None:
     for part in ("include", "lib"):
         (fake / part).symlink_to(real / part)
     (fake / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
-    command = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path / "build")]
+    cmake = shutil.which("cmake")
+    assert NVCC
+    assert cmake
+    command = [cmake, "-S", str(ROOT / "csrc"), "-B", str(tmp_path / "build")]
     command += [f"-DZOKERNELS_TORCH_DIR={fake}", "-DZOKERNELS_CPU_BACKEND=OFF"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}"]
+    # nvcc is found where CUDA_HOME says, too.
+    env = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(Path(NVCC).parents[1])}
     for given, built in (("AUTO", True), ("OFF", False)):
         done = subprocess.run(
-            [*command, f"-DZOKERNELS_CUDA={given}", f"-DCMAKE_CUDA_COMPILER={NVCC}"],
-            capture_output=True,
-            text=True,
+            [*command, f"-DZOKERNELS_CUDA={given}"], capture_output=True, text=True, env=env
         )
         assert done.returncode == 0, done.stderr
         helped = subprocess.run(
-            ["cmake", "--build", str(tmp_path / "build"), "--target", "help"],
+            [cmake, "--build", str(tmp_path / "build"), "--target", "help"],
             capture_output=True,
             text=True,
         )
