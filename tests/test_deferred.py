@@ -309,6 +309,30 @@ def test_a_graph_of_a_step_is_the_step(
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
+@pytest.mark.parametrize("bad", [(), (2,)], ids=["", "skipped"])
+def test_momentum_that_is_switched_on_counts_the_same_steps(
+    on_device: Callable[[bool], None], bad: tuple[int, ...]
+) -> None:
+    """Steps without momentum end the window, also while their losses are on their way."""
+
+    def go(on: bool) -> tuple[str, list[str], list[Tensor]]:
+        on_device(on)
+        net, journal = Toy(torch.float32), zo.Trajectory()
+        opt = zo.MeZO(net, lr=1e-2, eps=1e-2, momentum=0.9, momentum_window=3, journal=journal)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for i, batch in enumerate(batches(torch.float32, 6, bad)):
+                opt.param_groups[0]["momentum"] = 0.0 if i in (1, 2) else 0.9
+                opt.step(batch, loss_fn)
+        lines = [repr(step) for step in journal]
+        return repr(opt.state_dict()), lines, [p.detach().clone() for p in net.parameters()]
+
+    state, lines, weights = go(False)
+    same, others, moved = go(True)
+    assert (same, others) == (state, lines)
+    assert all(torch.equal(a, b) for a, b in zip(weights, moved, strict=True))
+
+
 def test_what_a_graph_cannot_do(
     on_device: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,4 +359,12 @@ def test_what_a_graph_cannot_do(
     net.last.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="requires_grad was changed"):
         step(batch)
+    net.last.weight.requires_grad_(True)
+    held = net.norm.weight.data
+    net.norm.weight.data = held.clone()
+    with pytest.raises(ValueError, match="given other memory after the capture"):
+        step(batch)
     assert opt.num_steps == 0
+    net.norm.weight.data = held
+    step(batch)
+    assert opt.num_steps == 1

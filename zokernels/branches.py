@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import verify
 from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, exchanged
-from zokernels.deferred import placed
+from zokernels.deferred import placed, recording
 from zokernels.lazy import Lazy, LazyParameter, Scale, scaled
 from zokernels.lazy.masked import displaced as displaced_under_mask
 from zokernels.losses import loss_of
@@ -196,6 +196,8 @@ class Branches:
         except Exception as error:
             if self.sequential is False or _out_of_memory(error):
                 raise
+            if recording(self.binding.device):
+                raise  # a graph must not hold another way than the one that was compared
             pending.make()
             outputs = self._one_by_one(memory, fn)  # raises again when fn itself is at fault
             self._give_up(memory, _reason(error))

@@ -24,6 +24,11 @@ def placed(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device)
 
 
+def recording(device: torch.device) -> bool:
+    """Whether what is launched on a device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Fetch:
     """Values on their way to the host."""
 
@@ -33,7 +38,8 @@ class Fetch:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # Of the values' device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(values.device))
         else:
             self._host = values.clone()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import os
@@ -10,7 +9,7 @@ import shutil
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,13 +134,10 @@ class Cuda(Machine):
         return generator.drawing(count, distribution, self.device)
 
     def graph(self, run: Run) -> Run:
-        with _same_stream():
-            replay, _ = graphs.record(run, run)
-        return replay
+        return graphs.record(run, run)[0]
 
     def graphed_step(self, optimizer: zo.MeZO, batch: models.Batch) -> Callable[[Any], object]:
-        with _same_stream():
-            return zo.GraphedStep(optimizer, batch)
+        return zo.GraphedStep(optimizer, batch)
 
     def peak(self, run: Run) -> int:
         run()
@@ -215,16 +211,6 @@ class Rehearsal(Machine):
 
     def facts(self) -> harness.Row:
         return {"architecture": None, "empty_ms": round(self.time(lambda: None).median, 4)}
-
-
-@contextlib.contextmanager
-def _same_stream() -> Iterator[None]:
-    """Come back to the current stream, also from a recording that fails and stays on its own."""
-    stream = torch.cuda.current_stream()
-    try:
-        yield
-    finally:
-        torch.cuda.set_stream(stream)
 
 
 def setting() -> str:
