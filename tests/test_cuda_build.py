@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -193,7 +194,8 @@ def test_auto_builds_for_a_cuda_torch(tmp_path: Path) -> None:
     command += [f"-DZOKERNELS_TORCH_DIR={fake}", "-DZOKERNELS_CPU_BACKEND=OFF"]
     command += [f"-DPython_EXECUTABLE={sys.executable}"]
     # nvcc is found where CUDA_HOME says, too.
-    env = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(Path(NVCC).parents[1])}
+    folders = [f for f in os.environ["PATH"].split(os.pathsep) if not (Path(f) / "nvcc").exists()]
+    env = {**os.environ, "PATH": os.pathsep.join(folders), "CUDA_HOME": str(Path(NVCC).parents[1])}
     for given, built in (("AUTO", True), ("OFF", False)):
         done = subprocess.run(
             [*command, f"-DZOKERNELS_CUDA={given}"], capture_output=True, text=True, env=env
