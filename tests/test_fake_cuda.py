@@ -1,0 +1,95 @@
+"""Whole steps on a CUDA device that is not there (tests/fake_cuda.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import model_zoo as mz
+import pytest
+import torch
+from fake_cuda import FakeDevice, enter_devices, fake_device
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_map
+
+import zokernels as zo
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+# Models whose loss goes without logits.
+OWN_LOSS = {
+    *("opt", "opt_untied", "gpt2", "llama", "llama_tied", "qwen3", "phi3", "mamba"),
+    *("opt_lora", "llama_lora", "opt_dora"),
+}
+EXPERTS = {"mixtral", "qwen3_moe"}
+NO_KERNEL = {"lstm", "gru"}  # cuDNN's, which has none without data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _devices(tmp_path_factory: pytest.TempPathFactory) -> None:
+    enter_devices(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
+    name = request.node.callspec.params.get("name", "opt")
+    with fake_device(monkeypatch, own_loss=name in OWN_LOSS) as made:
+        yield made
+
+
+def step(device: FakeDevice, name: str, dtype: torch.dtype, steps: int = 1, **options: Any) -> None:
+    case = mz.CASES[name]
+    model = mz.build(name, dtype)
+    batch = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, case.batch())
+    if "mask" in options:
+        options["mask"] = zo.Mask.random(model, options["mask"], seed=1)
+    model, batch = device.model(model), device.batch(batch)
+    with device():
+        opt = zo.MeZO(model, lr=1e-3, eps=1e-3, **options)
+        for _ in range(steps):
+            loss = opt.step(batch, case.loss_fn)
+    assert loss.device.type == "cuda" and loss.shape == () and loss.dtype == torch.float32
+    assert opt.num_steps == steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(set(mz.CASES) - EXPERTS - NO_KERNEL))
+def test_a_step_stays_on_its_device_and_reads_nothing(device, name, dtype):
+    step(device, name, dtype)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "directions": {"num_directions": 3, "estimator": "forward"},
+    "rademacher": {"distribution": "rademacher", "weight_decay": 0.1, "clip": 1.0},
+    "momentum": {"momentum": 0.9, "momentum_window": 3},
+    "fused update": {"fuse_update": True},
+    "mask": {"mask": 0.1},
+    "mask and momentum": {"mask": 0.1, "momentum": 0.9},
+    "in parts": {"num_directions": 2, "max_branches": 2},
+    "sequential": {"sequential": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["opt", "gpt2", "roberta", "opt_lora"])
+def test_every_way_to_step_stays_on_the_device(device, name, options):
+    step(device, name, torch.bfloat16, steps=4, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("name", sorted(EXPERTS))
+def test_experts_are_counted_on_the_host(device, name):
+    """How many tokens an expert has is read by torch's own loop and by ours."""
+    with pytest.raises(DataDependentOutputException):
+        step(device, name, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["opt"])
+def test_mixed_devices_and_reads_are_noticed(device, name):
+    """The instrument itself."""
+    with device():
+        here, there = torch.ones(3), torch.empty(3, device="cuda")
+        with pytest.raises(RuntimeError, match="device"):
+            here + there
+        for read in (bool, float, torch.nonzero):
+            with pytest.raises(Exception, match=r"local_scalar_dense|nonzero|data-dependent"):
+                read(there[:1])
