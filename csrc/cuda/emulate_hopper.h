@@ -221,6 +221,8 @@ inline void read_factor(uint64_t b, uint16_t right[][16]) {
     }
 }
 
+inline void settle(float (&)[64]) {}
+
 // A signalling NaN: to add to it changes its bits.
 inline constexpr uint32_t kInFlight = 0x7FA0BEEFu;
 

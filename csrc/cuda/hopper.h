@@ -75,6 +75,7 @@ inline const char* encode(const BoxedTensor& t, TensorMap& map) {
     const cudaError_t error =
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
 #endif
+    cudaGetLastError();  // no later launch is blamed for it
     const bool there = error == cudaSuccess && status == cudaDriverEntryPointSuccess;
     return there ? reinterpret_cast<Encode>(found) : nullptr;
   }();
@@ -152,6 +153,13 @@ ZK_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned
 template <int newest>
 ZK_DEVICE void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(newest) : "memory");
+}
+
+// To be called behind wait_products before sums are read: the wait names no register, so the
+// compiler might take them sooner.
+ZK_DEVICE void settle(float (&d)[64]) {
+  ZK_UNROLL
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define ZK_WGMMA(type)                                                                        \

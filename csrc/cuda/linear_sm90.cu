@@ -273,6 +273,8 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
   }
   multiply(slices - 1);
   dev::wait_products<0>();
+  dev::settle(sum[0]);
+  dev::settle(sum[1]);
 
   const int64_t n = n0 + static_cast<int>(own_row), rows = a.w.rows;
   const int token = token0 + q * 2;
