@@ -371,6 +371,9 @@ def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:
         "for case in [(1, 4, 1), (8, 252, 33), (3, 1028, 17)]:\n"
         "    t.fused_case(*case, dtype=torch.float32)\n"
         "    t.fused_case(*case, dtype=torch.float32, multiprocessors=1000)\n"
+        "for case in [(1, 4, 4), (8, 252, 36), (3, 1028, 268)]:\n"
+        "    t.fused_case(*case, dtype=torch.float32, transposed=True)\n"
+        "    t.fused_case(*case, dtype=torch.float32, transposed=True, multiprocessors=1000)\n"
         "vectors = [t.rand(70, 300, dtype=torch.bfloat16), t.rand(9, 200)]\n"
         "t.native().project(vectors, t.seeds_of(3), [3, 4], [], [], 'gaussian')\n"
         "print('done')\n"
@@ -454,7 +457,7 @@ def test_float32_product_of_any_size(tokens: int, fan_in: int, fan_out: int) -> 
     fused_case(tokens, fan_in, fan_out, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
 def test_transposed_product(dtype: torch.dtype, distribution: str) -> None:
     """Outputs on both sides of the signs' words, of 32 columns, and of the group's end."""
@@ -473,6 +476,14 @@ def test_transposed_product_of_any_size(tokens: int, fan_in: int, fan_out: int) 
     fused_case(tokens, fan_in, fan_out, transposed=True)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "fan_in", "fan_out"),
+    [(1, 4, 4), (1, 64, 16), (8, 252, 36), (7, 256, 268), (2, 264, 256), (8, 40, 516)],
+)
+def test_transposed_float32_product_of_any_size(tokens: int, fan_in: int, fan_out: int) -> None:
+    fused_case(tokens, fan_in, fan_out, dtype=torch.float32, transposed=True)
+
+
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 1000])
 def test_transposed_product_split_in_any_way(multiprocessors: int, distribution: str) -> None:
@@ -480,6 +491,8 @@ def test_transposed_product_split_in_any_way(multiprocessors: int, distribution:
     for tokens, fan_in in [(3, 768), (3, 200), (20, 1288), (40, 72)]:
         split = {"multiprocessors": multiprocessors, "distribution": distribution}
         fused_case(tokens, fan_in, 152, bias=True, transposed=True, **split)
+    for tokens, fan_in in [(3, 1288), (8, 60)]:
+        fused_case(tokens, fan_in, 152, dtype=torch.float32, bias=True, transposed=True, **split)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 1000])
@@ -511,19 +524,20 @@ def test_parts_of_the_columns_are_whole_and_not_for_nothing(sixteen_bit: bool) -
     assert len(seen) > 3
 
 
-def test_parts_of_the_rows_are_whole_and_not_for_nothing() -> None:
+@pytest.mark.parametrize("sixteen_bit", [True, False], ids=["16 bit", "float32"])
+def test_parts_of_the_rows_are_whole_and_not_for_nothing(sixteen_bit: bool) -> None:
     parts = native()._linear_transposed_parts
     seen = set()
     for rows, cols in itertools.product((8, 256, 264, 4096, 11008), (8, 100, 768, 3072, 50000)):
         for branches, processors in itertools.product((1, 2, 6), (1, 108, 132)):
-            count = parts(rows, cols, 5, branches, processors)
+            count = parts(rows, cols, 5, branches, sixteen_bit, processors)
             assert 1 <= count <= 8
             slices = -(-rows // 32)
             assert -(-slices // count) * (count - 1) < slices
             seen.add(count)
             if processors == 1:
                 assert count == 1
-    assert parts(3072, 768, 5, 2, 132) > 1
+    assert parts(3072, 768, 5, 2, sixteen_bit, 132) > 1
     assert len(seen) > 3
 
 
@@ -538,13 +552,13 @@ def test_the_product_refuses_parts_that_do_not_fit() -> None:
                     *(y, x, w, None, seeds_of(1), table(2, 1), partial, None, None, None, False),
                     *(PID, 0, 0, 0, False, 4, 0),
                 )
-    y, w = torch.empty(2, 3, 16, dtype=dtype), rand(256, 16, dtype=dtype)
-    for parts in (9, 7):  # of eight slices
-        partial = torch.empty(parts, *y.shape)
-        with pytest.raises(RuntimeError, match="a part without rows"):
-            native()._linear_transposed(
-                *(y, x, w, None, seeds_of(1), table(2, 1), partial, PID, 0, 0, 0, False, 4, 0)
-            )
+        w = rand(256, 16, dtype=dtype)
+        for parts in (9, 7):  # of eight slices
+            partial = torch.empty(parts, *y.shape)
+            with pytest.raises(RuntimeError, match="a part without rows"):
+                native()._linear_transposed(
+                    *(y, x, w, None, seeds_of(1), table(2, 1), partial, PID, 0, 0, 0, False, 4, 0)
+                )
 
 
 @pytest.mark.parametrize(("branches", "terms"), [(1, 1), (2, 0), (3, 2), (5, 3), (4, 4)])
@@ -553,9 +567,12 @@ def test_fused_product_of_branches_and_terms(branches: int, terms: int) -> None:
         fused_case(
             4, 264, 24, dtype=dtype, branches=branches, terms=terms, shared=shared, bias=shared
         )
-    for shared, distribution in itertools.product((False, True), noise.DISTRIBUTIONS):
+    for shared, distribution, dtype in itertools.product(
+        (False, True), noise.DISTRIBUTIONS, (torch.bfloat16, torch.float32)
+    ):
         fused_case(
             *(4, 264, 24),
+            dtype=dtype,
             branches=branches,
             terms=terms,
             shared=shared,
@@ -576,6 +593,9 @@ def test_fused_and_tiled_products_share_their_weights() -> None:
         assert native().takes_fused(x.contiguous(), turned, 64, 256, True)
         displaced = cpp.displace(turned, *rest, "nearest", None)
         same(native().linear(x, turned, None, *rest, False, True), displaced)
+        wide = turned.float()
+        few = native().linear(x[:, 8:16].float(), wide, None, *rest, False, True)
+        same(few, cpp.displace(wide, *rest, "nearest", None)[:, 8:16].contiguous())
     rest = (*rest[:-1], "gaussian")
     displaced = cpp.displace(w, *rest, "nearest", None).transpose(1, 2)
     same(native().linear(x, w, None, *rest, False, False), displaced.contiguous())
@@ -593,7 +613,8 @@ def test_what_the_fused_product_leaves_to_tiles() -> None:
     assert ops.takes_few(*wide, FEW_TOKENS, 0, False)
     assert not ops.takes_few(*wide, FEW_TOKENS + 1, 0, False)
     assert not ops.takes_few(x, w, 4, 0, False)
-    assert not ops.takes_few(*wide, 4, 0, True)
+    assert ops.takes_few(wide[0][..., :16].contiguous(), wide[1], FEW_TOKENS, 256, True)
+    assert not ops.takes_few(wide[0][..., :14].contiguous(), wide[1][:14], 4, 0, True)
     assert ops.takes_fused(x[..., :16].contiguous(), w, FUSED_TOKENS, 256, True)
     assert not ops.takes_few(*wide, 4, 4, False)
     assert not ops.takes_few(wide[0], w.float()[:, :62], 4, 0, False)
@@ -752,7 +773,7 @@ def test_the_plan_of_a_product_is_the_backends(
         {"tokens": 65},
         {"tokens": 9, "dtype": torch.float32},
         {"tokens": 65, "transposed": True},
-        {"tokens": 1, "dtype": torch.float32, "transposed": True},
+        {"tokens": 9, "dtype": torch.float32, "transposed": True},
     ):
         given = {"tokens": 64, "dtype": torch.bfloat16, "device": "cuda", **change}
         assert plan_linear(512, 264, **given).kind == "tiles"

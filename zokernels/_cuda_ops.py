@@ -326,7 +326,7 @@ class Native:
             w.dtype == torch.float32
             and 0 < tokens <= FEW_TOKENS
             and x.data_ptr() % 16 == 0
-            and not transposed
+            and (not transposed or w.shape[0] % 4 == 0)
             and _whole_runs(w, col_offset)
         )
 
@@ -427,7 +427,8 @@ class Native:
     ) -> Tensor:
         branches, tokens, processors = coeffs.shape[0], x.shape[1], self._multiprocessors(w.device)
         y = torch.empty((branches, tokens, w.shape[1]), dtype=w.dtype, device=w.device)
-        parts = self._linear_transposed_parts(*w.shape, tokens, branches, processors)
+        wide = w.dtype == torch.float32
+        parts = self._linear_transposed_parts(*w.shape, tokens, branches, not wide, processors)
         partial = None
         if parts > 1:
             partial = torch.empty((parts, *y.shape), dtype=torch.float32, device=w.device)

@@ -97,9 +97,8 @@ def plan_linear(
         # Two branches from one draw, in every plan.
         blocks = -(-branches // 2)
         most = FEW_TOKENS if dtype == torch.float32 else FUSED_TOKENS
-        if transposed and (dtype == torch.float32 or rows % 8):
-            most = 0
-        if cols * size % 16 == 0 and tokens <= most:
+        whole_runs = cols * size % 16 == 0 and (not transposed or rows * size % 16 == 0)
+        if whole_runs and tokens <= most:
             kind, held = "fused", 0
         else:
             kind, outputs = "tiles", tile_outputs(fan_in, fan_out, branches, size)

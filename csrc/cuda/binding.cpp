@@ -416,9 +416,9 @@ int64_t linear_sm90_parts_(int64_t rows, int64_t cols, int64_t tokens, int64_t b
   return linear_sm90_parts(rows, cols, tokens, branches, static_cast<int>(multiprocessors));
 }
 
-// y [branches, tokens, cols], x [branches or 1, tokens, rows], all contiguous; w aligned, its columns
-// the outputs. partial float32 [parts, branches, tokens, cols], parts from linear_transposed_parts;
-// none: one part.
+// y [branches, tokens, cols], x [branches or 1, tokens, rows], all contiguous; w aligned, its
+// columns the outputs. partial float32 [parts, branches, tokens, cols], parts from
+// linear_transposed_parts; none: one part.
 void linear_transposed_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias, Tensor seeds,
                         Tensor coeffs, std::optional<Tensor> partial, int64_t param_id,
                         int64_t row_offset, int64_t col_offset, int64_t distribution, bool shared,
@@ -432,12 +432,15 @@ void linear_transposed_(Tensor y, Tensor x, Tensor w, std::optional<Tensor> bias
   a.multiprocessors = static_cast<int>(multiprocessors);
   auto* const sums = partial ? static_cast<float*>(partial->data_ptr()) : nullptr;
   const int parts = partial ? static_cast<int>(partial->size(0)) : 1;
-  check(linear_transposed(a, sums, parts, stream_of(stream)));
+  check(a.w.dtype == DType::f32 ? linear_few_transposed(a, sums, parts, stream_of(stream))
+                                : linear_transposed(a, sums, parts, stream_of(stream)));
 }
 
 int64_t linear_transposed_parts_(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
-                                 int64_t multiprocessors) {
-  return linear_transposed_parts(rows, cols, tokens, branches, static_cast<int>(multiprocessors));
+                                 bool sixteen_bit, int64_t multiprocessors) {
+  const auto count = static_cast<int>(multiprocessors);
+  return sixteen_bit ? linear_transposed_parts(rows, cols, tokens, branches, count)
+                     : linear_few_transposed_parts(rows, cols, branches, count);
 }
 
 int64_t table_bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(Entry)); }
@@ -493,8 +496,8 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
       "Tensor coeffs, Tensor(b!)? partial, int param_id, int row_offset, int col_offset, "
       "int distribution, bool shared, int multiprocessors, int stream) -> ()");
   m.def(
-      "linear_transposed_parts(int rows, int cols, int tokens, int branches, int multiprocessors) "
-      "-> int");
+      "linear_transposed_parts(int rows, int cols, int tokens, int branches, bool sixteen_bit, "
+      "int multiprocessors) -> int");
   m.def("has_sm90a() -> bool");
   m.def("table_bytes(int count) -> int");
 }

@@ -208,11 +208,14 @@ constexpr int kFewTokens = 8;
 int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors);
 const char* linear_few(const LinearArgs&, float* partial, int parts, void* stream);
 // y[g, t, n] = sum_k x[g, t, k] round(w[k, n] + sum_s coeffs[g, s] z_s[k, n]) + bias[g, n]: weights
-// whose columns are the outputs (y and bias [.., cols], x [.., rows]), 16 bits, without a pending
-// update. Parts are of the rows; `partial`: [parts, branches, tokens, cols] unless parts is 1.
+// whose columns are the outputs (y and bias [.., cols], x [.., rows]), without a pending update: 16
+// bits; and float32, up to kFewTokens tokens a branch. Parts are of the rows; `partial`: [parts,
+// branches, tokens, cols] unless parts is 1.
 int linear_transposed_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches,
                             int multiprocessors);
 const char* linear_transposed(const LinearArgs&, float* partial, int parts, void* stream);
+int linear_few_transposed_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors);
+const char* linear_few_transposed(const LinearArgs&, float* partial, int parts, void* stream);
 // y = the parts' sums, in order, and the bias.
 const char* add_parts(const LinearArgs&, const float* partial, int parts, void* stream);
 // The same by wgmma, for devices of compute capability 9.0: whether this build has it; into how

@@ -20,8 +20,12 @@
 // gives a multiprocessor, 0.97 (0.75) cycles against 0.41 to 0.55 (0.21 to 0.37) here. (Arithmetic,
 // not measurements.)
 //
-// Transposed weights, whose outputs lie along the noise's groups, have no such product: a lane
-// would hold sums of 16 outputs for every token and branch.
+// Weights stored [in, out] have a kernel of their own: the noise's groups lie along the outputs, so
+// a lane owns an output in each quarter of a group and holds the sums of all four, 64 registers. A
+// warp owns 32 columns of each quarter and takes four rows at a time, an element a load; all its
+// lanes read the same x. Block: 8 warps behind each other, 128 outputs; grid: outputs, pairs of
+// branches times parts of the rows. A weight costs 53 instructions at one token and 70 at eight
+// (Rademacher 27 and 44), as above.
 #include "access.h"
 #include "launch.h"
 
@@ -155,28 +159,196 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2)
   reinterpret_cast<float*>(a.y)[at] = y;
 }
 
+// Rows `row` + {0, 1, 2, 3} in column l of every quarter, l the lane's or 32 more: use(i, z) gets
+// the four values of row i. Every lane of the warp takes part.
+template <Distribution kind, class Use>
+ZK_DEVICE void draw_rows(uint64_t seed, uint32_t param_id, uint32_t row, uint32_t group, uint32_t l,
+                         const Use& use) {
+  if constexpr (kind == Distribution::gaussian) {
+    ZK_UNROLL
+    for (uint32_t i = 0; i < 4; ++i) {
+      const PhiloxWords w =
+          philox_words(row_state(seed, row + i, param_id, Stream::direction), group * 64u + l);
+      float z[4];
+      normal_pair(w.w[0], w.w[1], z[0], z[1]);
+      normal_pair(w.w[2], w.w[3], z[2], z[3]);
+      use(i, z);
+    }
+  } else {
+    // A call holds the signs of two quarters, a word the 32 columns of a warp in one of them: lane
+    // 2 i + h makes row i's call for quarters 2 h and 2 h + 1.
+    const uint32_t lane = l % 32u;
+    const PhiloxWords w = philox_words(
+        row_state(seed, row + lane / 2u % 4u, param_id, Stream::direction), group * 2u + lane % 2u);
+    const auto even = static_cast<int32_t>(l >= 32u ? w.w[1] : w.w[0]);
+    const auto odd = static_cast<int32_t>(l >= 32u ? w.w[3] : w.w[2]);
+    ZK_UNROLL
+    for (uint32_t i = 0; i < 4; ++i) {
+      float z[4];
+      ZK_UNROLL
+      for (uint32_t j = 0; j < 4; ++j) {
+        const auto signs = static_cast<uint32_t>(
+            dev::from_lane(j % 2 ? odd : even, static_cast<int>(2u * i + j / 2u)));
+        z[j] = bits_float(0x3F800000u | ((signs << (31u - lane)) & 0x80000000u));
+      }
+      use(i, z);
+    }
+  }
+}
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kRound = 4 * kWarps;  // rows of a block at a time
+constexpr int kPanel = 128;         // outputs of a block
+// Sums of a branch, of every warp.
+constexpr size_t kMeeting = size_t{4} * kWarps * kFewTokens * kPanel;
+
+// The same with the columns as outputs; of a Split, rounds of rows in place of groups.
+template <Distribution kind>
+ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
+    linear_few_transposed_kernel(const LinearArgs a, const Split split, float* partial) {
+  const int warp = dev::thread() / 32, lane = dev::thread() % 32;
+  const auto panel = static_cast<uint32_t>(dev::block_x());
+  const int inputs = static_cast<int>(a.w.rows), outputs = static_cast<int>(a.w.cols);
+  const int n0 = static_cast<int>(panel / 2u) * 256 + static_cast<int>(panel % 2u) * 32;
+  if (n0 >= outputs) return;
+  const uint32_t group = split.first_group + panel / 2u;
+  const uint32_t l = panel % 2u * 32u + static_cast<uint32_t>(lane);
+  const auto part = static_cast<uint32_t>(dev::block_z()) % static_cast<uint32_t>(split.parts);
+  const int64_t first =
+      static_cast<uint32_t>(dev::block_z()) / static_cast<uint32_t>(split.parts) * 2;
+  const bool two = first + 1 < a.branches;
+  const int tokens = static_cast<int>(a.tokens);
+  const int begin = static_cast<int>(part) * split.groups_each * kRound;
+  const int end =
+      begin + split.groups_each * kRound < inputs ? begin + split.groups_each * kRound : inputs;
+
+  float sum[2][kFewTokens][4];
+  ZK_UNROLL
+  for (int i = 0; i < 8 * kFewTokens; ++i)
+    sum[i / 4 / kFewTokens][i / 4 % kFewTokens][i % 4] = 0.0f;
+  // Columns that are not there are computed from the last one, and not stored.
+  const float* columns[4];
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const int n = n0 + lane + 64 * j;
+    columns[j] = reinterpret_cast<const float*>(a.w.data) + (n < outputs ? n : outputs - 1);
+  }
+  float raw[4][4];
+  const auto fetch = [&](int k) {
+    ZK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      ZK_UNROLL
+      for (int j = 0; j < 4; ++j) raw[i][j] = columns[j][(k + i) * a.w.row_stride];
+    }
+  };
+  if (begin + warp * 4 < end) fetch(begin + warp * 4);
+  ZK_NO_UNROLL
+  for (int k = begin + warp * 4; k < end; k += kRound) {
+    float acc[2][4][4];
+    ZK_UNROLL
+    for (int i = 0; i < 16; ++i) acc[0][i / 4][i % 4] = acc[1][i / 4][i % 4] = raw[i / 4][i % 4];
+    if (k + kRound < end) fetch(k + kRound);
+    const uint32_t row = a.place.row_offset + static_cast<uint32_t>(k);
+    // Entered once without terms too: a loop that may be passed by costs copies of all registers.
+    int64_t s = 0;
+    ZK_NO_UNROLL
+    do {
+      const bool any = s < a.terms.count;
+      const float c0 = any ? a.coeffs[first * a.terms.count + s] : 0.0f;
+      const float c1 = any && two ? a.coeffs[(first + 1) * a.terms.count + s] : 0.0f;
+      if (c0 == 0.0f && c1 == 0.0f) continue;
+      draw_rows<kind>(static_cast<uint64_t>(a.terms.seeds[s]), a.place.param_id, row, group, l,
+                      [&](uint32_t i, const float z[4]) {
+                        ZK_UNROLL
+                        for (int j = 0; j < 4; ++j) {
+                          acc[0][i][j] = fma32(c0, z[j], acc[0][i][j]);
+                          acc[1][i][j] = fma32(c1, z[j], acc[1][i][j]);
+                        }
+                      });
+    } while (++s < a.terms.count);
+    ZK_UNROLL
+    for (int g = 0; g < 2; ++g) {
+      if (g == 1 && !two) continue;
+      const char* x = a.x + ((first + g) * a.x_branch_stride + k) * 4;
+      ZK_UNROLL
+      for (int t = 0; t < kFewTokens; ++t) {
+        if (t >= tokens) continue;
+        const Vec16 v = dev::load16(x);
+        ZK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          ZK_UNROLL
+          for (int j = 0; j < 4; ++j)
+            sum[g][t][j] = fma32(bits_float(v.w[i]), acc[g][i][j], sum[g][t][j]);
+        }
+        x += static_cast<uint32_t>(inputs) * 4u;
+      }
+    }
+  }
+
+  // The warps' sums in order, a branch at a time.
+  auto* meeting = reinterpret_cast<float*>(dev::shared());
+  ZK_UNROLL
+  for (int g = 0; g < 2; ++g) {
+    if (g == 1 && !two) continue;
+    dev::barrier();
+    ZK_UNROLL
+    for (int i = 0; i < 4 * kFewTokens; ++i)
+      meeting[(warp * kFewTokens * 4 + i) * 32 + lane] = sum[g][i / 4][i % 4];
+    dev::barrier();
+    ZK_NO_UNROLL
+    for (int i = dev::thread(); i < tokens * kPanel; i += kThreads) {
+      const int token = i / kPanel, n = n0 + i % kPanel / 32 * 64 + i % 32;
+      if (n >= outputs) continue;
+      float y = meeting[i];
+      ZK_UNROLL
+      for (int w = 1; w < kWarps; ++w) y += meeting[w * kFewTokens * kPanel + i];
+      const int64_t branch = first + g, at = (branch * a.tokens + token) * outputs + n;
+      if (partial) {
+        partial[part * (a.branches * a.tokens * outputs) + at] = y;
+        continue;
+      }
+      if (a.bias)
+        y += load_one(static_cast<const char*>(a.bias), branch * outputs + n, a.bias_dtype);
+      reinterpret_cast<float*>(a.y)[at] = y;
+    }
+  }
+}
+
 int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
 
-}  // namespace
-
-// Time is waves of blocks, each as long as its groups (eight warps: 1500 to 2100 issue cycles with
-// Gaussian noise) and half a group for its beginning and end. A second launch adds three groups,
+// Into how many parts `groups` are cut, each of `blocks`. Time is waves of blocks, each as long as
+// its groups (eight warps: 1500 to 2100 issue cycles with Gaussian noise, and so are eight warps'
+// rounds of rows) and half a group for its beginning and end. A second launch adds three groups,
 // and sums of parts are written and read again.
-int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors) {
-  const int64_t groups = blocks_of(cols, kGaussianGroup);
-  const int64_t blocks = blocks_of(rows, kOutputs) * blocks_of(branches, 2);
+int parts_of(int64_t groups, int64_t blocks, int64_t outputs, int64_t branches,
+             int multiprocessors) {
   int64_t best = 1, least = 0;
   for (int64_t parts = 1; parts <= kMostParts && parts <= groups; ++parts) {
     const int64_t each = blocks_of(groups, parts);
     if (blocks_of(groups, each) != parts) continue;
     int64_t time = blocks_of(blocks * parts, multiprocessors) * (2 * each + 1);
-    if (parts > 1) time += 6 + parts * branches * kFewTokens * rows * 8 / (11264 * multiprocessors);
+    if (parts > 1)
+      time += 6 + parts * branches * kFewTokens * outputs * 8 / (11264 * multiprocessors);
     if (parts == 1 || time < least) {
       best = parts;
       least = time;
     }
   }
   return static_cast<int>(best);
+}
+
+}  // namespace
+
+int linear_few_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors) {
+  return parts_of(blocks_of(cols, kGaussianGroup),
+                  blocks_of(rows, kOutputs) * blocks_of(branches, 2), rows, branches,
+                  multiprocessors);
+}
+
+int linear_few_transposed_parts(int64_t rows, int64_t cols, int64_t branches, int multiprocessors) {
+  return parts_of(blocks_of(rows, kRound),
+                  2 * blocks_of(cols, kGaussianGroup) * blocks_of(branches, 2), cols, branches,
+                  multiprocessors);
 }
 
 const char* linear_few(const LinearArgs& a, float* partial, int parts, void* stream) {
@@ -197,6 +369,29 @@ const char* linear_few(const LinearArgs& a, float* partial, int parts, void* str
       launch(kernel, blocks_of(a.w.rows, kOutputs), 1, blocks_of(a.branches, 2) * parts, kThreads,
              0, stream, a, split, parts > 1 ? partial : nullptr);
   return error || parts == 1 ? error : add_parts(a, partial, parts, stream);
+}
+
+const char* linear_few_transposed(const LinearArgs& a, float* partial, int parts, void* stream) {
+  if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0 || a.w.cols == 0) return nullptr;
+  if (a.tokens > kFewTokens) return "this product takes few tokens";
+  constexpr int64_t most = 0x3FFFFFFF;
+  if (a.w.rows > most || a.w.cols > most) return "the product is too large";
+  if (a.pending.count > 0) return "this product takes no pending update";
+  if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
+  const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
+  const auto rounds = static_cast<int>(blocks_of(a.w.rows, kRound));
+  const auto each = static_cast<int>(blocks_of(rounds, parts));
+  if (parts > 1 && each * (parts - 1) >= rounds) return "a product has a part without rows";
+  const Split split{cut.first_group, rounds, each, parts};
+  const auto kernel = a.distribution == Distribution::gaussian
+                          ? linear_few_transposed_kernel<Distribution::gaussian>
+                          : linear_few_transposed_kernel<Distribution::rademacher>;
+  const char* error = launch(kernel, int64_t{2} * cut.groups, 1, blocks_of(a.branches, 2) * parts,
+                             kThreads, kMeeting, stream, a, split, parts > 1 ? partial : nullptr);
+  if (error || parts == 1) return error;
+  LinearArgs sums = a;  // whose outputs are rows
+  sums.w.rows = a.w.cols;
+  return add_parts(sums, partial, parts, stream);
 }
 
 }  // namespace zk
