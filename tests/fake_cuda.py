@@ -112,7 +112,12 @@ def fake_device(monkeypatch: pytest.MonkeyPatch, *, own_loss: bool) -> Iterator[
 
     monkeypatch.setattr(branches._Memory, "__init__", checked)
     monkeypatch.setattr(sys.modules["zokernels.losses"], "_logits_can_go", lambda *a: own_loss)
-    monkeypatch.setattr(_registry, "serving", lambda op, device: "triton")
+    serving = _registry.serving
+    monkeypatch.setattr(
+        _registry,
+        "serving",
+        lambda op, device: "triton" if device == "cuda" else serving(op, device),
+    )
     monkeypatch.setattr(optim, "Fetch", NeverFetched)
     monkeypatch.setattr(deferred, "recording", lambda device: False)
     monkeypatch.setattr(branches, "recording", lambda device: False, raising=False)
