@@ -62,9 +62,10 @@ def run(name: str, op: str, *args: object) -> Tensor:
 
     moved = [move(a) for a in args]
     out = _registry.kernel(name, op)(*moved)
-    if name == "triton" and dev.type == "cuda":
+    if dev.type == "cuda" and name in ("triton", "cuda"):
         # A kernel's index errors come when the device is waited for.
-        importlib.import_module("zokernels.triton.launch").raise_errors(dev)
+        module = {"triton": "zokernels.triton.backend", "cuda": "zokernels.cuda"}[name]
+        importlib.import_module(module).synchronize(dev)
     if dev.type != "cpu":
         for before, after in zip(args, moved, strict=True):
             pairs = (

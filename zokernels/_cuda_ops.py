@@ -15,7 +15,8 @@ from torch import Tensor
 
 from zokernels._cuda_hopper import Wgmma
 from zokernels._cuda_sparse import Sparse
-from zokernels._native import DISTRIBUTION, check_index, remembered, written
+from zokernels._late import Flags
+from zokernels._native import DISTRIBUTION, remembered, written
 from zokernels.noise import matrix_shape
 
 # Tokens a branch up to which a product draws its noise once and multiplies in registers. Above it
@@ -76,7 +77,7 @@ class Native:
         stream: the raw stream to launch on, for a device.
         multiprocessors: of a device.
         capturing: whether a CUDA graph is being recorded: then no value may be read on the host,
-            and indices go unchecked.
+            and lists of indices go unchecked.
         wgmma_tokens: tokens a branch up to which a device multiplies by wgmma; 0: it has none.
     """
 
@@ -90,6 +91,7 @@ class Native:
         wgmma_tokens: Callable[[torch.device], int] = lambda device: 0,
     ) -> None:
         self._displace = ops.displace_.default
+        self._flag_ids = ops.flag_ids_.default
         self._update = ops.update_.default
         self._project_rows = ops.project_rows.default
         self._project = ops.project_.default
@@ -101,7 +103,7 @@ class Native:
         self._table_bytes = ops.table_bytes.default
         self._stream = stream
         self._multiprocessors = multiprocessors
-        self._capturing = capturing
+        self.flags = Flags()
         self.wgmma = Wgmma(ops, stream=stream, multiprocessors=multiprocessors, limit=wgmma_tokens)
         self._sparse = Sparse(
             ops, values=self._vectors, table=self._table, stream=stream, capturing=capturing
@@ -125,6 +127,7 @@ class Native:
             None,
             None,
             False,
+            None,
             param_id,
             row_offset,
             col_offset,
@@ -155,6 +158,7 @@ class Native:
             coeffs.contiguous(),
             None,
             False,
+            None,
             param_id,
             row_offset,
             col_offset,
@@ -551,10 +555,6 @@ class Native:
             False,
         )
 
-    def _check_index(self, name: str, index: Tensor, size: int, also: str) -> None:
-        if not self._capturing():
-            check_index(name, index, size, also)
-
     def embedding(
         self,
         ids: Tensor,
@@ -567,7 +567,9 @@ class Native:
         distribution: str,
         shared: bool,
     ) -> Tensor:
-        self._check_index("ids", ids, w.shape[0], "")
+        self.flags.look(w.device)
+        if w.shape[0] == 0 and ids.numel():
+            raise IndexError("ids must be in [0, 0): w has no rows")
         branches, lead = coeffs.shape[0], _lead(ids, shared)
         tokens = ids.numel() if shared else ids[0].numel()
         out = torch.empty((branches, tokens, w.shape[1]), dtype=w.dtype, device=w.device)
@@ -578,6 +580,7 @@ class Native:
             coeffs.contiguous(),
             ids.contiguous(),
             not shared,
+            self.flags.of(w.device),
             param_id,
             row_offset,
             col_offset,
@@ -585,6 +588,8 @@ class Native:
             False,
             self._stream(w.device),
         )
+        if w.device.type == "cpu":
+            self.flags.look(w.device, "ids")
         return out.view(branches, *lead, w.shape[1])
 
     def linear_cross_entropy(
@@ -602,12 +607,17 @@ class Native:
         shared: bool,
         ignore_index: int,
     ) -> Tensor:
+        device = w.device
+        self.flags.look(device)
         branches, vocab, tokens = coeffs.shape[0], w.shape[0], targets.numel()
+        targets = targets.contiguous()
+        self._flag_ids(targets, vocab, ignore_index, self.flags.of(device), self._stream(device))
+        if device.type == "cpu":
+            self.flags.look(device, f"targets other than ignore_index={ignore_index}")
         keep = targets != ignore_index
-        if not self._capturing():
-            self._check_index("targets", targets[keep], vocab, f" or ignore_index={ignore_index}")
-        top = torch.full((branches, tokens), -torch.inf, dtype=torch.float32, device=x.device)
-        total, picked = torch.zeros_like(top), torch.zeros_like(top)
+        top = torch.full((branches, tokens), -torch.inf, dtype=torch.float32, device=device)
+        # What no chunk picks, of a target that is no entry, stays NaN.
+        total, picked = torch.zeros_like(top), torch.full_like(top, torch.nan)
         # Online logsumexp over chunks of the vocabulary.
         step = max(256, LOGIT_BYTES // max(1, 4 * branches * tokens) // 256 * 256)
         for start in range(0, vocab, step):

@@ -63,4 +63,6 @@ native = Native(
     wgmma_tokens=_wgmma_tokens,
 )
 
+synchronize = native.flags.wait
+
 KERNELS: dict[str, Callable[..., object]] = native.kernels()

@@ -106,8 +106,9 @@ const float* floats_of(const std::optional<Tensor>& t) {
 
 // out [branches, rows, cols] with adjacent columns; w none: zeros; ids choose rows of w.
 void displace_(Tensor out, std::optional<Tensor> w, Tensor seeds, std::optional<Tensor> coeffs,
-               std::optional<Tensor> ids, bool own_ids, int64_t param_id, int64_t row_offset,
-               int64_t col_offset, int64_t distribution, bool stochastic, int64_t stream) {
+               std::optional<Tensor> ids, bool own_ids, std::optional<Tensor> flag,
+               int64_t param_id, int64_t row_offset, int64_t col_offset, int64_t distribution,
+               bool stochastic, int64_t stream) {
   const Guard guard(out);
   DisplaceArgs a;
   a.out_dtype = dtype_of(out);
@@ -131,12 +132,20 @@ void displace_(Tensor out, std::optional<Tensor> w, Tensor seeds, std::optional<
     a.ids = ids->data_ptr();
     a.wide_ids = ids->scalar_type() == ScalarType::Long;
     a.own_ids = own_ids;
+    a.flag = flag ? static_cast<int64_t*>(flag->data_ptr()) : nullptr;
   }
   a.terms = seeds_of(seeds);
   a.coeffs = floats_of(coeffs);
   a.branches = out.size(0);
   a.stochastic = stochastic;
   check(displace(a, stream_of(stream)));
+}
+
+// flag int64 [2].
+void flag_ids_(Tensor ids, int64_t limit, int64_t ignored, Tensor flag, int64_t stream) {
+  const Guard guard(ids);
+  check(flag_ids(ids.data_ptr(), ids.scalar_type() == ScalarType::Long, ids.numel(), limit, ignored,
+                 static_cast<int64_t*>(flag.data_ptr()), stream_of(stream)));
 }
 
 // The entries of one column width, numbered through.
@@ -451,8 +460,9 @@ int64_t table_bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(
 STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
   m.def(
       "displace_(Tensor(a!) out, Tensor? w, Tensor seeds, Tensor? coeffs, Tensor? ids, "
-      "bool own_ids, int param_id, int row_offset, int col_offset, int distribution, "
-      "bool stochastic, int stream) -> ()");
+      "bool own_ids, Tensor(b!)? flag, int param_id, int row_offset, int col_offset, "
+      "int distribution, bool stochastic, int stream) -> ()");
+  m.def("flag_ids_(Tensor ids, int limit, int ignored, Tensor(a!) flag, int stream) -> ()");
   m.def(
       "update_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
       "int[] param_ids, int[] row_offsets, int[] col_offsets, int distribution, bool stochastic, "
@@ -506,6 +516,7 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
 // here is differentiable.
 STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("displace_", TORCH_BOX(&zk::displace_));
+  m.impl("flag_ids_", TORCH_BOX(&zk::flag_ids_));
   m.impl("update_", TORCH_BOX(&zk::update_));
   m.impl("project_rows", TORCH_BOX(&zk::project_rows));
   m.impl("project_", TORCH_BOX(&zk::project_));

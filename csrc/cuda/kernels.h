@@ -70,7 +70,8 @@ struct DisplaceArgs {
   int64_t out_rows = 0, out_row_stride = 0, out_branch_stride = 0;
   const void* ids = nullptr;  // null: row = r
   bool wide_ids = true;
-  bool own_ids = false;  // [branches, out_rows] instead of [out_rows]
+  bool own_ids = false;     // [branches, out_rows] instead of [out_rows]
+  int64_t* flag = nullptr;  // as of flag_ids; the row of an id outside of w is NaN
   Seeds terms;
   const float* coeffs = nullptr;  // [branches, terms.count]; null: ones
   int64_t branches = 1;
@@ -189,6 +190,10 @@ int64_t project_blocks(int64_t tiles);
 const char* fill_table(const Entry* host, int count, Entry* device, void* stream);
 
 const char* displace(const DisplaceArgs&, void* stream);
+// An id that is neither in [0, limit) nor `ignored` leaves itself and the limit in flag [2], which
+// may lie in pinned host memory.
+const char* flag_ids(const void* ids, bool wide, int64_t count, int64_t limit, int64_t ignored,
+                     int64_t* flag, void* stream);
 // All entries have columns_of(dtype) == columns.
 const char* update(const UpdateArgs&, int columns, void* stream);
 const char* project(const ProjectArgs&, int columns, void* stream);
