@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import zokernels as zo
+from zokernels.lazy import products
 
 RTOL = 1e-5
 EPS = 1e-2
@@ -84,6 +85,25 @@ def close(got: Tensor, want: Tensor, rtol: float = RTOL) -> None:
     assert torch.isfinite(want).all()
     gap = float((got - want).abs().max())
     assert gap <= rtol * float(want.abs().max()), (gap, float(want.abs().max()))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("formed", [1, 1 << 30])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_by_torchs_own_product(monkeypatch, name, formed, masked):
+    """As on a GPU, all experts at once and one at a time."""
+    model, batch = zoo.build(name), zoo.CASES[name].batch()
+    mask = zo.Mask.random(model, 0.3, seed=1) if masked else None
+    args = ([1, 2], [[0.2, 0.0], [-0.1, 0.3], [0.0, 0.0]])
+    want = zo.branches(model, *args, mask=mask, sequential=True)(lambda: model(**batch).loss)
+    called = []
+    by_groups = products._by_groups
+    monkeypatch.setattr(products, "_EXPERT_BYTES", formed)
+    monkeypatch.setattr(products, "_counts_on_host", lambda tokens: False)
+    monkeypatch.setattr(products, "_by_groups", lambda *a: called.append(a) or by_groups(*a))
+    got = zo.branches(model, *args, mask=mask, sequential=False)(lambda: model(**batch).loss)
+    assert called
+    close(got, want)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 # Models whose loss goes without logits.
 OWN_LOSS = {
     *("opt", "opt_untied", "gpt2", "llama", "llama_tied", "qwen3", "phi3", "mamba"),
+    *("mixtral", "qwen3_moe"),
     *("opt_lora", "llama_lora", "opt_dora"),
 }
 EXPERTS = {"mixtral", "qwen3_moe"}
@@ -53,9 +54,14 @@ def step(device: FakeDevice, name: str, dtype: torch.dtype, steps: int = 1, **op
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", sorted(set(mz.CASES) - EXPERTS - NO_KERNEL))
+@pytest.mark.parametrize("name", sorted(set(mz.CASES) - NO_KERNEL))
 def test_a_step_stays_on_its_device_and_reads_nothing(device, name, dtype):
-    step(device, name, dtype)
+    if name in EXPERTS and dtype == torch.float32:
+        # Torch's own product reads how many tokens each expert has.
+        with pytest.raises(DataDependentOutputException):
+            step(device, name, dtype)
+    else:
+        step(device, name, dtype)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -74,13 +80,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["opt", "gpt2", "roberta", "opt_lora"])
 def test_every_way_to_step_stays_on_the_device(device, name, options):
     step(device, name, torch.bfloat16, steps=4, **OPTIONS[options])
-
-
-@pytest.mark.parametrize("name", sorted(EXPERTS))
-def test_experts_are_counted_on_the_host(device, name):
-    """How many tokens an expert has is read by torch's own loop and by ours."""
-    with pytest.raises(DataDependentOutputException):
-        step(device, name, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["opt"])

@@ -139,24 +139,61 @@ def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         if x.dtype != weight.dtype or out_dtype not in (None, x.dtype):
             return NotImplemented
         state = weight.state
-        experts, _, fan_out = weight.shape
         with DisableTorchFunctionSubclass():
-            physical, x_shared = state.lower(x)
+            tokens, x_shared = state.lower(x)
             stops, stops_shared = state.lower(offs)
             count = state.terms(weight.parameter, weight.matrix.device)[1].shape[0]
-            table = (stops[None].expand(count, -1) if stops_shared else stops).tolist()
-            y = physical.new_zeros((count, x.shape[0], fan_out))
-            for e in range(experts):
-                spans = [(row[e - 1] if e else 0, row[e]) for row in table]
-                if all(start == stop for start, stop in spans):
-                    continue
-                formed = rows_of(None, (weight, e), {}).branches(weight.dtype)  # [G, in, out]
-                for g, (start, stop) in enumerate(spans):
-                    rows = (physical if x_shared else physical[g])[start:stop]
-                    y[g, start:stop] = rows @ formed[g]
-            return state.lift(y)
+            tokens = tokens[None].expand(count, -1, -1) if x_shared else tokens
+            stops = stops[None].expand(count, -1) if stops_shared else stops
+            if _counts_on_host(tokens):
+                return state.lift(_by_expert(weight, tokens, stops.tolist()))
+            return state.lift(_by_groups(func, weight, tokens, stops))
 
     return call(*args, **kwargs)
+
+
+def _counts_on_host(tokens: Tensor) -> bool:
+    """Whether to read how many tokens an expert has, which on a GPU means to wait for it.
+
+    In other types than bfloat16 torch's own product reads it too.
+    """
+    return tokens.device.type != "cuda" or tokens.dtype != torch.bfloat16
+
+
+def _by_expert(weight: LazyParameter, tokens: Tensor, stops: list[list[int]]) -> Tensor:
+    """One expert's weights formed at a time, and none without tokens: ``[G, S, out]``."""
+    y = tokens.new_zeros((*tokens.shape[:2], weight.shape[2]))
+    for e in range(weight.shape[0]):
+        spans = [(row[e - 1] if e else 0, row[e]) for row in stops]
+        if all(start == stop for start, stop in spans):
+            continue
+        formed = rows_of(None, (weight, e), {}).branches(weight.dtype)  # [G, in, out]
+        for g, (start, stop) in enumerate(spans):
+            y[g, start:stop] = tokens[g, start:stop] @ formed[g]
+    return y
+
+
+# Displaced experts of all branches that are formed at a time.
+_EXPERT_BYTES = 1 << 30
+
+
+def _by_groups(func: Any, weight: LazyParameter, tokens: Tensor, stops: Tensor) -> Tensor:
+    """All experts formed, some at a time, for torch's own product: ``[G, S, out]``."""
+    experts, branches = weight.shape[0], tokens.shape[0]
+    each = branches * weight.matrix.numel() // experts * weight.matrix.element_size()
+    width = max(1, _EXPERT_BYTES // max(1, each))
+    places = torch.arange(tokens.shape[1], device=tokens.device)[:, None]
+    y: list[Tensor] = []
+    for first in range(0, experts, width):
+        some = slice(first, min(experts, first + width))
+        formed = rows_of(None, (weight, some), {}).branches(weight.dtype)  # [G, width, in, out]
+        # The first group has the tokens of all earlier experts too: they keep what they have.
+        parts = [func(tokens[g], formed[g], offs=stops[g, some]) for g in range(branches)]
+        if first:
+            after = [places >= stops[g, first - 1] for g in range(branches)]
+            parts = [torch.where(*case) for case in zip(after, parts, y, strict=True)]
+        y = parts
+    return torch.stack(y)
 
 
 @handles(linear_cross_entropy)
