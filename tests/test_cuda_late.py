@@ -1,13 +1,22 @@
-"""Indices out of range, which the CUDA backend's kernels find: csrc/cuda compiled for the host."""
+"""Indices out of range, which the CUDA backend's kernels find: csrc/cuda compiled for the host.
+
+And that its adapters wait for nothing: their tensors are on a fake device, which has no values.
+"""
 
 from __future__ import annotations
+
+import types
+from pathlib import Path
 
 import cuda_emulated
 import pytest
 import torch
+from fake_cuda import enter_devices
 from test_cuda_kernels import DTYPES, PID, rand, seeds_of, table
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from zokernels import noise
 from zokernels._cuda_ops import Native
 from zokernels._late import Flags
 
@@ -82,3 +91,79 @@ def test_flags_are_a_devices_own() -> None:
     with pytest.raises(IndexError, match=r"ids must be in \[0, 4\); got 9$"):
         flags.look(cpu, "ids")
     flags.wait(cpu)  # raised once
+
+
+# --- a fake device --------------------------------------------------------------------------------
+
+
+class Unread(Flags):
+    """Of a device whose kernels find nothing."""
+
+    def of(self, device: torch.device) -> Tensor:
+        return torch.empty(2, dtype=torch.int64)
+
+    def look(self, device: torch.device, what: str = "") -> None:
+        assert device.type == "cuda"
+
+
+def native_calls() -> tuple[Native, list[str]]:
+    """The adapters over functions that only note their names."""
+    calls: list[str] = []
+    results = {"table_bytes": 8, "project_rows": 3, "has_sm90a": False}
+
+    class Namespace:
+        def __getattr__(self, name: str) -> object:
+            result = results.get(name, 2 if name.endswith("_parts") else None)
+
+            def call(*args: object) -> object:
+                assert all(a.device.type == "cuda" for a in args if isinstance(a, Tensor)) or (
+                    name in ("displace_", "flag_ids_")  # with the flag on the host
+                )
+                calls.append(name)
+                return result
+
+            return types.SimpleNamespace(default=call)
+
+    ops = Native(
+        Namespace(),
+        stream=lambda device: 0,
+        multiprocessors=lambda device: 132,
+        capturing=lambda: False,
+    )
+    ops.flags = Unread()
+    return ops, calls
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_adapter_waits_for_the_device(dtype: torch.dtype, tmp_path: Path) -> None:
+    enter_devices(tmp_path)
+    ops, calls = native_calls()
+    with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
+        seeds, c = torch.empty(2, dtype=torch.int64), torch.empty(2, 2)
+        w, ids = torch.empty(300, 64, dtype=dtype), torch.empty(3, 5, dtype=torch.int64)
+        place, kind = (PID, 0, 0), noise.DISTRIBUTIONS[0]
+        with pytest.raises(DataDependentOutputException):
+            ids[0, 0].item()
+        assert ops.embedding(ids, w, seeds, c, *place, kind, True).shape == (2, 3, 5, 64)
+        for tokens in (1, 7, 100):
+            x = torch.empty(2, tokens, 64, dtype=dtype)
+            for turned in (False, True):
+                weight = w.t().contiguous() if turned else w
+                y = ops.linear(x, weight, None, seeds, c, *place, kind, False, turned)
+                assert y.shape == (2, tokens, 300)
+            y = ops.update_linear_(
+                *(x, w, None, seeds, c, seeds, c[0], None, "stochastic", *place, kind, False)
+            )
+            assert y.shape == (2, tokens, 300)
+            targets = torch.empty(tokens, dtype=torch.int64)
+            loss = ops.linear_cross_entropy(
+                *(x, w, None, targets, seeds, c, *place, kind, False, -100)
+            )
+            assert loss.shape == (2,)
+        ops.update_([w, w[0]], seeds, c[0], None, None, [1, 2], [], [], kind, "nearest")
+        assert ops.project([w, w[0]], seeds, [1, 2], [], [], kind).shape == (2,)
+        assert ops.displace_vectors([w[0]], seeds, c, [1], kind).shape == (2 * 64,)
+        assert ops.displace(w, seeds, c, *place, kind, "nearest", None).shape == (2, 300, 64)
+        assert ops.sample(3, 4, seeds[0], *place, kind).shape == (3, 4)
+    assert {"displace_", "flag_ids_", "update_", "project_", "displace_vectors_"} <= set(calls)
