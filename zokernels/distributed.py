@@ -51,11 +51,9 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     the backend does, and those of one process that takes the ranks' batches one after another.
     """
     count = dist.get_world_size(group)
-    flat = values.contiguous().flatten()
-    gathered = torch.empty(count * flat.numel(), dtype=values.dtype, device=values.device)
-    dist.all_gather_into_tensor(gathered, flat, group=group)
-    parts = gathered.view(count, *values.shape)
-    total = parts[0].clone()
+    parts = [torch.empty_like(values) for _ in range(count)]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    total = parts[0]
     for part in parts[1:]:
         total += part
     return total / count
@@ -89,8 +87,10 @@ def check_same(
     mine = dict(facts)
     for index, members in enumerate(groups):
         for p in members:
-            what = f"{tuple(p.shape)} {p.dtype} {'' if p.masked is None else p.masked.digest}"
-            mine[f"parameter {p.name!r} of group {index}"] = f"{what} {checksum(p.tensor):016x}"
+            held = [f"{tuple(p.shape)} {p.dtype} {checksum(p.tensor):016x}"]
+            if p.masked is not None:
+                held += [p.masked.digest, f"{checksum(p.masked.shadow):016x}"]
+            mine[f"parameter {p.name!r} of group {index}"] = " ".join(held)
     digest = hashlib.sha256(repr(list(mine.items())).encode()).hexdigest()
     count = dist.get_world_size(group)
     digests: list[Any] = [None] * count
