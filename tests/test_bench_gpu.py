@@ -101,6 +101,14 @@ def test_a_missing_package_is_named_before_anything_is_imported(
         command.main()
 
 
+def test_imports_count_towards_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float | None] = []
+    monkeypatch.setattr(cli, "BEGIN", None)
+    monkeypatch.setattr(cli, "app", lambda prog_name: seen.append(cli.BEGIN))
+    command.main()
+    assert seen == [command.BEGIN]
+
+
 def test_the_shapes_are_the_published_ones() -> None:
     published = {"opt-125m": 0.125, "opt-1.3b": 1.316, "llama-3.2-1b": 1.236}
     for name, billions in published.items():
@@ -918,6 +926,26 @@ def test_all_passed_and_the_choice_is_written_when_asked_for(
     assert {r["checked"] for r in rows_of(tmp_path, "gpu_ops")} == {"no"}
     # Every time is told to be the same: neither wins.
     assert json.loads(_choice.FILE.read_text()) == {}
+
+
+def test_compiled_kernels_are_checked_first_and_the_order_of_the_registry_stays(
+    as_gpu: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def told(name: str, device: str, limit: float) -> checks.Check:
+        seen.append(name)
+        return checks.Check(name, "passed", "told")
+
+    monkeypatch.setattr(checks, "conformance", told)
+    out = as_gpu("--ops-only", "--op", "project")
+    assert out.exit_code == 0, out.output
+    there = Told().backends()
+    assert seen == there[::-1] and len(there) > 1
+    assert list(dict.fromkeys(r["backend"] for r in rows_of(tmp_path, "gpu_ops"))) == there
+    monkeypatch.setattr(cli, "BEGIN", session.time.perf_counter() - 1e6)
+    late = as_gpu("--ops-only", "--op", "project", "--unchecked")
+    assert "(budget)" in late.output or "no floors" in late.output
 
 
 def test_only_checks_build_and_sanitizer(

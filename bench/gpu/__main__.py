@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib.util import find_spec
+
+BEGIN = time.perf_counter()
 
 NEEDED = ("torch", "numpy", "safetensors", "tqdm", "typer", "rich", "transformers", "matplotlib")
 
@@ -18,9 +21,10 @@ def main() -> None:
     absent = missing()
     if absent:
         sys.exit(f"bench.gpu needs {', '.join(absent)}: pip install {' '.join(absent)}")
-    from bench.gpu.cli import app
+    from bench.gpu import cli
 
-    app(prog_name="python -m bench.gpu")
+    cli.BEGIN = BEGIN
+    cli.app(prog_name="python -m bench.gpu")
 
 
 if __name__ == "__main__":
