@@ -158,8 +158,11 @@ def _many(
             )
     device = tensors[0].device
     for i, tensor in enumerate(tensors):
-        _dtype(f"{name}[{i}]", tensor.dtype)
-        _device(f"{name}[{i}]", tensor, device)
+        # Hundreds of tensors a step: a name is made where it is needed.
+        if tensor.dtype not in DTYPES:
+            _dtype(f"{name}[{i}]", tensor.dtype)
+        if tensor.device != device:
+            _device(f"{name}[{i}]", tensor, device)
         _region(
             *matrix_shape(tensor.shape),
             param_ids[i],

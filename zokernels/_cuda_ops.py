@@ -39,7 +39,7 @@ def _matrix(t: Tensor) -> Tensor | None:
     if t.dim() <= 2 or t.is_contiguous():
         return t
     try:
-        return t.view(matrix_shape(t.shape))
+        return t.detach().view(matrix_shape(t.shape))
     except RuntimeError:
         return None
 
@@ -207,7 +207,7 @@ class Native:
         rounding: str,
     ) -> None:
         # A layout whose rows have no single stride is updated in a copy.
-        views = [_matrix(p.detach()) for p in params]
+        views = [_matrix(p) for p in params]
         flat = [
             p.detach().reshape(matrix_shape(p.shape)) if v is None else v
             for p, v in zip(params, views, strict=True)

@@ -170,9 +170,9 @@ def derive_seed(root: int, a: int, b: int = 0) -> int:
 def matrix_shape(shape: Iterable[int]) -> tuple[int, int]:
     """The contract's (rows, columns) of a parameter's shape."""
     dims = tuple(shape)
-    if not dims:
-        return 1, 1
-    return math.prod(dims[:-1]), dims[-1]
+    if len(dims) == 2:
+        return dims[0], dims[1]
+    return (math.prod(dims[:-1]), dims[-1]) if dims else (1, 1)
 
 
 def philox_words(
