@@ -340,6 +340,22 @@ def test_threads_in_another_order_give_the_same_bits() -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.timeout(300)
+def test_warps_that_run_ahead_give_the_same_bits() -> None:
+    """The fused products have no barrier between warps but at their end."""
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_cuda_kernels as t\n"
+        "print(t.fused_digest(t.HALVES[0]).hex())\n"
+    )
+    for order in ("warps", "reverse warps"):
+        env = {**os.environ, "ZK_EMULATE_ORDER": order}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{fused_digest(HALVES[0]).hex()}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:

@@ -32,16 +32,17 @@
 //   tokens a branch                                  1 to 8      9 to 32     33 to 64
 //   the noise and its two fma                        40 14       40 14       40 14
 //   unpacking, packing, copies and loops              5  5        5  5        5  5
-//   products and activations                          1  1        4  4        9  9
-//   in all                                           46 20       49 24       54 28
-//   cycles of a multiprocessor, at 128 a cycle     0.36 0.16   0.38 0.19   0.42 0.22
-//   TB/s of weights, 132 of them at 1.8 GHz         1.3 3.0     1.2 2.6     1.1 2.2
+//   products and activations                          1  1        4  4        8  8
+//   in all                                           46 20       49 23       53 27
+//   cycles of a multiprocessor, at 128 a cycle     0.36 0.16   0.38 0.18   0.41 0.21
+//   TB/s of weights, 132 of them at 1.8 GHz         1.3 3.0     1.2 2.6     1.1 2.3
 //
 // Scratch tiles take 0.48 (0.34) cycles at these sizes (linear_sm90.cu), so this product should win
-// up to 64 tokens. With more it would draw the noise again for every 64, 0.84 (0.44) cycles, and
+// up to 64 tokens. With more it would draw the noise again for every 64, 0.82 (0.42) cycles, and
 // the caller multiplies through scratch. Up to 8 tokens two blocks share a multiprocessor; from 9
 // on sums take 64 and 128 registers and one block has it for itself: the sixteen normals that a
-// thread draws at a time are independent of each other, which has to hide the latencies.
+// thread draws at a time are independent of each other, and all of a slice's activations are asked
+// for at once, which has to hide the latencies.
 // (Arithmetic, not measurements.)
 #include "access.h"
 #include "launch.h"
@@ -126,20 +127,25 @@ ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int token0
   const char* const base = a.x + (first * a.x_branch_stride + k) * 2;
   const int64_t stride = a.x_branch_stride * 2;
   const bool inside = k < static_cast<int>(a.w.rows);
+  const auto there = [&](int tile) { return tile == 0 || token0 + tile * 8 < tokens; };
+  // All of them are asked for before the first is waited for.
+  Vec16 right[2][NT];
   ZK_UNROLL
   for (int tile = 0; tile < NT; ++tile) {
-    if (tile > 0 && token0 + tile * 8 >= tokens) continue;
     const uint32_t own = row + static_cast<uint32_t>(tile) * 8u;
     const char* const at = base + (own < last ? own : last) * row_bytes;
+    right[0][tile] = dev::load16_if(at, inside && there(tile));
+    right[1][tile] = dev::load16_if(at + stride, inside && there(tile) && two);
+  }
+  ZK_UNROLL
+  for (int i = 0; i < 2 * NT; ++i) {
+    const int tile = i / 2, g = i % 2;
+    if (!there(tile) || (g == 1 && !two)) continue;
     ZK_UNROLL
-    for (int g = 0; g < 2; ++g) {
-      if (g == 1 && !two) continue;
-      const Vec16 right = dev::load16_if(at + g * stride, inside);
+    for (int h = 0; h < 2; ++h) {
       ZK_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        ZK_UNROLL
-        for (int p = 0; p < 2; ++p) dev::mma<T>(sum[g][p][tile], left[g][h][p], right.w + 2 * h);
-      }
+      for (int p = 0; p < 2; ++p)
+        dev::mma<T>(sum[g][p][tile], left[g][h][p], right[g][tile].w + 2 * h);
     }
   }
 }
