@@ -51,29 +51,36 @@ def device(name: str) -> torch.device:
     return torch.device("cpu" if "cpu" in served or "*" in served else served[0])
 
 
+def whole(t: Tensor) -> Tensor:
+    """All the memory that a tensor is a view of."""
+    return t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+
+
 def run(name: str, op: str, *args: object) -> Tensor:
-    """Call one backend's op on its device; tensors come back to the CPU, in-place ones included."""
+    """Call one backend's op on its device, on memory laid out as here.
+
+    All of it comes back to the CPU, what lies around the tensors included.
+    """
     dev = device(name)
+    memory: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def move(a: object) -> object:
-        if isinstance(a, Tensor):
-            return a if dev.type == "cpu" else a.to(dev)
-        return [move(t) for t in a] if isinstance(a, list) else a
+        if isinstance(a, list):
+            return [move(t) for t in a]
+        if not isinstance(a, Tensor) or dev.type == "cpu":
+            return a
+        key = (a.untyped_storage().data_ptr(), a.dtype)
+        if key not in memory:
+            memory[key] = (whole(a), whole(a).to(dev))
+        return memory[key][1].as_strided(a.shape, a.stride(), a.storage_offset())
 
-    moved = [move(a) for a in args]
-    out = _registry.kernel(name, op)(*moved)
+    out = _registry.kernel(name, op)(*[move(a) for a in args])
     if dev.type == "cuda" and name in ("triton", "cuda"):
         # A kernel's index errors come when the device is waited for.
         module = {"triton": "zokernels.triton.backend", "cuda": "zokernels.cuda"}[name]
         importlib.import_module(module).synchronize(dev)
-    if dev.type != "cpu":
-        for before, after in zip(args, moved, strict=True):
-            pairs = (
-                zip(before, after, strict=True) if isinstance(before, list) else [(before, after)]
-            )
-            for b, a in pairs:
-                if isinstance(b, Tensor):
-                    b.copy_(a)
+    for here, there in memory.values():
+        here.copy_(there)
     return out.cpu() if isinstance(out, Tensor) else out  # type: ignore[return-value]
 
 
