@@ -469,6 +469,31 @@ def test_linear(name: str, dtype: torch.dtype, transposed: bool, distribution: s
             assert error(got, exact) <= 2 * lost + noise_part
 
 
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_of_whole_groups(
+    name: str, dtype: torch.dtype, transposed: bool, distribution: str
+) -> None:
+    """Aligned weights at the start of a group of columns: what fused products on a GPU take."""
+    for branches, terms, tokens, fan_in, fan_out in [(2, 1, 5, 264, 40), (3, 2, 17, 72, 296)]:
+        w = rand(*((fan_in, fan_out) if transposed else (fan_out, fan_in)), dtype=dtype) * 0.3
+        x = rand(branches, tokens, fan_in, dtype=dtype, seed=2)
+        bias, seeds, c = rand(branches, fan_out, seed=4), seeds_of(terms), table(branches, terms)
+        rest = (seeds, c, PID, 3, 256, distribution)
+        got = run(name, "linear", x, w, bias, *rest, False, transposed)
+        weights = w.double().expand(branches, *w.shape).clone()
+        for k in range(terms):
+            z = noise.direction(*w.shape, seeds[k], PID, 3, 256, distribution).double()
+            weights += c[:, k, None, None].double() * z
+        weights = weights.mT if transposed else weights
+        exact = torch.bmm(x.double(), weights.mT) + bias.double()[:, None]
+        lost = lost_by_torch(x, weights.to(dtype), exact, bias)
+        noise_part = NOISE_ATOL * float(c.abs().sum()) * float(x.double().abs().sum(-1).max())
+        assert got.dtype == dtype
+        assert error(got, exact) <= 2 * lost + noise_part
+
+
 def test_linear_of_strided_activations(name: str) -> None:
     w, seeds, c = rand(20, 24), seeds_of(1), table(2, 1)
     x = rand(6, 24, 2).permute(2, 0, 1)
@@ -487,19 +512,11 @@ def test_linear_takes_a_float32_bias(name: str, dtype: torch.dtype) -> None:
     assert error(got, exact) <= 2 * torch.finfo(dtype).eps * float(exact.abs().max())
 
 
-# Backends without the op update in a pass of its own.
-WITHOUT_FUSED_UPDATE = {"triton"}
-
-
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_update_linear_is_its_update_and_its_product(
     name: str, dtype: torch.dtype, distribution: str
 ) -> None:
-    has = "update_linear_" in _registry.backends()[name].kernels
-    assert has == (name not in WITHOUT_FUSED_UPDATE)
-    if not has:
-        return
     for (rows, cols), tokens, branches, terms, shared, rounding in [
         ((20, 264), 5, 2, 1, False, "stochastic"),
         ((33, 520), 3, 1, 2, False, "nearest"),

@@ -17,7 +17,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from zokernels import _registry, reference
-from zokernels.triton import backend, launch, tables
+from zokernels.planner import plan_linear
+from zokernels.triton import backend, devices, launch, tables
 from zokernels.triton.plan import Plan, Tiles
 
 PID = 77
@@ -46,8 +47,7 @@ def product(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
 def test_it_serves_cpu_tensors_here_and_every_op() -> None:
     found = _registry.backends()["triton"]
     assert found.reason is None and found.serves("cpu")
-    # An update fused into a product is the native backends'; here it is made first.
-    assert set(found.kernels) == set(reference.KERNELS) - {"update_linear_"}
+    assert set(found.kernels) == set(reference.KERNELS)
 
 
 @pytest.mark.parametrize(("rows", "splits"), [(16, 1), (16, 3), (64, 2)])
@@ -82,7 +82,7 @@ def test_a_launch_that_does_not_fit_gets_smaller_tiles_and_is_reported_once(
 ) -> None:
     x, w, c = rand(2, 3, 40), rand(20, 40, seed=2), table(0.1, -0.1)
     tiles = [Tiles(128, 16, 64, 8, 3), Tiles(64, 16, 64, 4, 1)]
-    monkeypatch.setattr(backend, "_choices", lambda chosen, w, transposed: tiles)
+    monkeypatch.setattr(backend, "_choices", lambda *a: tiles)
     monkeypatch.setattr(backend, "_reported", set())
     want = exact_product(x, w, c, torch.tensor([5]))
     for limit, words in ((64, "outputs=64"), (32, "the vendor's product")):
@@ -94,6 +94,138 @@ def test_a_launch_that_does_not_fit_gets_smaller_tiles_and_is_reported_once(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             product(x, w, c)
+
+
+# --- an update that the next product makes --------------------------------------------------------
+
+
+def pending_case(
+    dtype: torch.dtype, tokens: int = 3, cols: int = 600, decay: bool = True
+) -> tuple[Tensor, Tensor, tuple[Any, ...], tuple[Any, ...]]:
+    """Weight, activations, the probe and the pending update."""
+    w, x = rand(70, cols, dtype=dtype), rand(2, tokens, cols, dtype=dtype, seed=2)
+    probe = (torch.tensor([5]), table(0.1, -0.1))
+    factor = torch.tensor([0.9, 1.0]) if decay else None
+    return w, x, probe, (torch.tensor([8, 9]), torch.tensor([0.1, 0.0]), factor)
+
+
+def apart(
+    w: Tensor, x: Tensor, probe: tuple[Any, ...], last: tuple[Any, ...], rounding: str
+) -> tuple[Tensor, Tensor]:
+    """The update, then the product."""
+    w = w.clone()
+    backend.update_([w], *last, None, [PID], [3], [300], "gaussian", rounding)
+    return w, backend.linear(x, w, None, *probe, PID, 3, 300, "gaussian", False, False)
+
+
+def at_once(
+    w: Tensor, x: Tensor, probe: tuple[Any, ...], last: tuple[Any, ...], rounding: str
+) -> Tensor:
+    return backend.update_linear_(
+        x, w, None, *probe, *last, rounding, PID, 3, 300, "gaussian", False
+    )
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that the products launch."""
+    names: list[str] = []
+    real = launch.launch
+
+    def noted(kernel: Any, *args: Any, **meta: Any) -> None:
+        names.append(kernel.fn.__name__)
+        real(kernel, *args, **meta)
+
+    monkeypatch.setattr(backend, "launch", noted)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "decay", "splits"),
+    [
+        (torch.bfloat16, "stochastic", True, 3),
+        (torch.float16, "stochastic", False, 1),
+        (torch.float16, "nearest", True, 3),
+        (torch.float32, "stochastic", False, 3),
+    ],
+)
+def test_an_update_on_the_way_in_tiles_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    launched: list[str],
+    dtype: torch.dtype,
+    rounding: str,
+    decay: bool,
+    splits: int,
+) -> None:
+    """One pass over the weight, whatever its columns are split into: the same bits."""
+    chosen = Plan(True, Tiles(64, 16, 16, 4, 1), splits, 70, 1, 0.0, 0, 0, 0)
+    monkeypatch.setattr(backend, "_plan", lambda *a: chosen)
+    monkeypatch.setattr(backend, "_choices", lambda chosen, w, transposed: [chosen.tiles])
+    w, x, probe, last = pending_case(dtype, cols=300, decay=decay)
+    want_w, want = apart(w, x, probe, last, rounding)
+    launched.clear()
+    version = w._version
+    got = at_once(w, x, probe, last, rounding)
+    assert launched == ["linear_kernel"] + (["reduce_kernel"] if splits > 1 else [])
+    assert torch.equal(w.view(torch.uint8), want_w.view(torch.uint8))
+    assert torch.equal(got, want)
+    assert w._version > version
+
+
+def test_an_update_is_made_first_where_a_weight_would_have_two_writers(
+    launched: list[str],
+) -> None:
+    w, x, probe, last = pending_case(torch.float16, tokens=40)
+    want_w, want = apart(w, x, probe, last, "stochastic")
+    launched.clear()
+    got = at_once(w, x, probe, last, "stochastic")
+    assert launched[0] == "update_kernel" and "linear_kernel" in launched
+    assert torch.equal(w, want_w) and torch.equal(got, want)
+    # Nor is there anything to fuse without rows.
+    launched.clear()
+    empty = at_once(w, x[:, :0], probe, last, "stochastic")
+    assert launched == ["update_kernel"] and empty.shape == (2, 0, 70)
+
+
+def test_an_update_is_made_once_whatever_does_not_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w, x, probe, last = pending_case(torch.float16)
+    tiles = [Tiles(128, 16, 64, 8, 3), Tiles(64, 16, 64, 4, 1)]
+    monkeypatch.setattr(backend, "_choices", lambda chosen, w, transposed: tiles)
+    for limit, words in ((64, "outputs=64"), (32, "an update and a product")):
+        monkeypatch.setattr(backend, "_reported", set())
+        monkeypatch.setattr(backend, "launch", no_room(limit))
+        want_w, want = apart(w, x, probe, last, "stochastic")
+        found = w.clone()
+        with pytest.warns(backend.LaunchWarning, match=words):
+            got = at_once(found, x, probe, last, "stochastic")
+        assert torch.equal(found, want_w) and torch.equal(got, want)
+
+
+def test_activations_that_require_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is differentiated, and nothing fails for it."""
+    monkeypatch.setenv("ZOKERNELS_GPU", "crossover=0")
+    x, w = rand(2, 3, 40).requires_grad_(), rand(20, 40, seed=2).requires_grad_()
+    probe, place = (torch.tensor([5]), table(0.1, -0.1)), (PID, 0, 0, "gaussian", False)
+    bias, targets = rand(2, 20).requires_grad_(), torch.tensor([1, 2, 3])
+    want = torch.ops.zokernels.linear(x.detach(), w.detach(), bias.detach(), *probe, *place, False)
+    assert torch.equal(torch.ops.zokernels.linear(x, w, bias, *probe, *place, False), want)
+    torch.ops.zokernels.linear_cross_entropy(x, w, bias, targets, *probe, *place, -100)
+
+
+def test_tf32_however_it_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    x, w, c = rand(2, 3, 40), rand(20, 40, seed=2), table(0.1, -0.1)
+    try:
+        for setting, allowed in (("tf32", True), ("ieee", False)):
+            matmul.fp32_precision = setting
+            assert devices.tf32_allowed() is allowed
+            product(x, w, c)
+            plan_linear(64, 64, tokens=1, device="sm_90")
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_sixty_four_bit_addresses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
 import subprocess
@@ -78,6 +79,9 @@ def compile_for(variant: Variant, capability: int) -> Machine:
     """Compile and read the resources and the machine code."""
     signature, constants, attributes = {}, dict(variant.constants), {}
     for i, name in enumerate(variant.kernel.arg_names):
+        default = variant.kernel.params[i].default
+        if default is not inspect.Parameter.empty and name not in variant.types:
+            constants.setdefault(name, default)
         if name in constants:
             signature[name] = "constexpr"
         elif name in _UNIT:
@@ -115,7 +119,13 @@ def compile_for(variant: Variant, capability: int) -> Machine:
     )
 
 
-def _product(name: str, kind: str, stacked: int, *, terms: int = 1, **extra: Any) -> Variant:
+# Of an update that a product makes first; one term is a constant of its own specialisation.
+_PENDING = {"pending_seeds": "*i64", "pending_coeffs": "*fp32", "pending_decay": "*fp32"}
+
+
+def _product(
+    name: str, kind: str, stacked: int, *, terms: int = 1, pending: int = 0, **extra: Any
+) -> Variant:
     transposed = name == "conv1d"
     tiles = fused_tiles(stacked, 4 if kind == "fp32" else 2, transposed)[0]
     constants: dict[str, Any] = {
@@ -134,7 +144,13 @@ def _product(name: str, kind: str, stacked: int, *, terms: int = 1, **extra: Any
         constants.update(OUT=tiles.outputs, COLUMNS=tiles.columns)
     pointer = f"*{kind}"
     types = {"x": pointer, "w": pointer, "y": pointer if constants["MODE"] == 0 else "*fp32"}
+    if pending:
+        constants["STOCHASTIC"] = kind != "fp32"
+        types |= _PENDING
+        types |= {"pending_terms": "i32"} if pending > 1 else {}
+        constants |= {"pending_terms": 1} if pending == 1 else {}
     label = "-".join(f"{k.lower()}{v}" for k, v in extra.items())
+    label = f"{pending}pending-{label}" if pending else label
     return Variant(
         f"{name}-{kind}-{stacked}rows-{terms}terms-{label}".rstrip("-"),
         linear.conv1d_kernel if transposed else linear.linear_kernel,
@@ -235,6 +251,11 @@ def variants() -> list[Variant]:
         _product("linear", "fp16", 64, SHARED=True),
         _product("linear", "fp32", 32),
         _product("linear", "bf16", 32, terms=4),
+        _product("linear", "bf16", 64, pending=1),
+        _product("linear", "bf16", 16, pending=1, MODE=1),
+        _product("linear", "bf16", 32, pending=1, GAUSSIAN=False),
+        _product("linear", "fp16", 32, pending=3),
+        _product("linear", "fp32", 32, pending=1),
         _product("conv1d", "bf16", 32),
         _product("conv1d", "fp32", 32, BIAS=False),
         Variant(

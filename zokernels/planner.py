@@ -25,7 +25,7 @@ import torch
 
 from zokernels import _registry
 from zokernels._cuda_ops import FEW_TOKENS, FUSED_TOKENS, tile_outputs
-from zokernels.triton.devices import architecture, of_device
+from zokernels.triton.devices import architecture, of_device, tf32_allowed
 from zokernels.triton.plan import plan
 
 
@@ -145,7 +145,7 @@ def _gpu_plan(
         architecture=architecture(device) if device.startswith("sm_") else of_device(device),
         distribution=distribution,
         transposed=transposed,
-        tf32=torch.backends.cuda.matmul.allow_tf32,
+        tf32=tf32_allowed(),
     )
     fan_in, fan_out = (rows, cols) if transposed else (cols, rows)
     outputs = min(fan_out, (256 if transposed else found.tiles.outputs))

@@ -6,6 +6,7 @@ interpreter (``TRITON_INTERPRET=1``, for tests: CPU tensors, very slow).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from zokernels.triton import linear as _linear
 from zokernels.triton import loss as _loss
 from zokernels.triton import sparse_ops
 from zokernels.triton import update as _update
-from zokernels.triton.devices import OLDEST, Architecture, of_device
+from zokernels.triton.devices import OLDEST, Architecture, of_device, tf32_allowed
 from zokernels.triton.launch import (
     SERVED,
     cdiv,
@@ -56,6 +57,11 @@ DEVICES = SERVED
 _PROGRAMS, _SEEDS = 4096, 2
 # Bytes of logits of one chunk of the vocabulary.
 _LOGITS = 64 << 20
+
+
+# Terms of an update that a product makes first: seeds, coefficients, decay, rounding.
+_Pending = tuple[Tensor, Tensor, Tensor | None, str]
+_PENDING = ("pending_seeds", "pending_coeffs", "pending_decay")
 
 
 class LaunchWarning(UserWarning):
@@ -332,7 +338,7 @@ def project(
         for group, run, count in zip(groups, runs, programs, strict=True):
             launch(
                 _update.project_kernel,
-                (count, cdiv(terms, _SEEDS)),
+                (cdiv(terms, _SEEDS), count),
                 partial[start:],
                 group.table,
                 group.owners,
@@ -357,9 +363,10 @@ def project(
 
 def _precision(dtype: torch.dtype) -> str:
     """Float32 products in float32, unless torch was told otherwise."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
+_VENDOR = "displaced tiles and the vendor's product"
 _reported: set[str] = set()
 
 
@@ -372,7 +379,9 @@ def _report(what: str, error: Exception, instead: str) -> None:
         )
 
 
-def _first_that_launches(what: str, choices: Sequence[Tiles], run: Callable[[Tiles], None]) -> bool:
+def _first_that_launches(
+    what: str, otherwise: str, choices: Sequence[Tiles], run: Callable[[Tiles], None]
+) -> bool:
     """Launch with the first tiles that fit the GPU; False when none does. Reported once."""
     for i, tiles in enumerate(choices):
         try:
@@ -383,7 +392,7 @@ def _first_that_launches(what: str, choices: Sequence[Tiles], run: Callable[[Til
             _report(
                 f"{what} with {tiles}",
                 error,
-                "displaced tiles and the vendor's product" if last else str(choices[i + 1]),
+                otherwise if last else str(choices[i + 1]),
             )
     return False
 
@@ -416,7 +425,7 @@ def _plan(
         shared=shared,
         transposed=transposed,
         # The interpreter multiplies in float32 whatever it is told.
-        tf32=INTERPRETED or torch.backends.cuda.matmul.allow_tf32,
+        tf32=INTERPRETED or tf32_allowed(),
     )
 
 
@@ -435,8 +444,9 @@ def _fused(
     transposed: bool,
     tiles: Tiles,
     splits: int,
+    pending: _Pending | None,
 ) -> None:
-    """One fused product with given tiles.
+    """One fused product with given tiles; ``pending`` terms update ``w`` on the way.
 
     Raises:
         OutOfResources: the tiles need more than the GPU has.
@@ -481,6 +491,10 @@ def _fused(
                 stages=tiles.stages,
             )
         else:
+            if pending is not None:
+                meta |= dict(zip(_PENDING, pending, strict=False))
+                meta["pending_terms"] = pending[0].numel()
+                meta["STOCHASTIC"] = pending[3] == "stochastic" and w.dtype != torch.float32
             launch(
                 _linear.linear_kernel,
                 (cdiv(fan_out, tiles.outputs), cdiv(rows, tiles.rows), splits),
@@ -507,6 +521,7 @@ def _fused(
             )
 
 
+@torch.no_grad()
 def _by_tiles(
     y: Tensor,
     x: Tensor,
@@ -557,6 +572,52 @@ def linear(
     shared: bool,
     transposed: bool,
 ) -> Tensor:
+    place = (param_id, row_offset, col_offset, distribution)
+    return _product(x, w, bias, seeds, coeffs, *place, shared, transposed, None)
+
+
+def update_linear_(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    pending_seeds: Tensor,
+    pending_coeffs: Tensor,
+    pending_decay: Tensor | None,
+    rounding: str,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+) -> Tensor:
+    """``update_`` of ``w`` by pending terms, then ``linear``: in one pass over ``w`` where the plan
+    fuses the product and one tile holds all its rows: no weight has two writers. The same numbers
+    either way.
+    """
+    pending = None
+    if pending_seeds.numel():
+        decay = None if pending_decay is None else pending_decay.contiguous()
+        pending = (pending_seeds.contiguous(), pending_coeffs.contiguous(), decay, rounding)
+    place = (param_id, row_offset, col_offset, distribution)
+    return _product(x, w, bias, seeds, coeffs, *place, shared, False, pending)
+
+
+def _product(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    param_id: int,
+    row_offset: int,
+    col_offset: int,
+    distribution: str,
+    shared: bool,
+    transposed: bool,
+    pending: _Pending | None,
+) -> Tensor:
     reachable(w)
     branches = coeffs.shape[0]
     fan_in, fan_out = w.shape if transposed else (w.shape[1], w.shape[0])
@@ -564,21 +625,46 @@ def linear(
     tokens = lead.numel()
     y = x.new_empty((branches, tokens, fan_out))
     flat = x.reshape(-1, fan_in) if fan_in else x.reshape(x.shape[:-1].numel(), 0)
-    if y.numel():
-        flat = flat if flat.stride(1) == 1 else flat.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        coeffs = coeffs.contiguous()
-        place = (param_id, row_offset, col_offset, distribution)
-        rest = (flat, w, bias, seeds, coeffs, *place, shared, transposed)
-        chosen = _plan(x, w, coeffs, tokens, shared, transposed, distribution)
-        done = False
-        if chosen.fused and seeds.numel() and fan_in:
-            choices = _choices(chosen, w, transposed)
-            done = _first_that_launches(
-                "linear", choices, lambda tiles: _fused(y, *rest, tiles, chosen.splits)
-            )
-        if not done:
-            _by_tiles(y, *rest, chosen.chunk if not chosen.fused else _fallback_chunk(w, branches))
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    coeffs = coeffs.contiguous()
+    rest = (flat, w, bias, seeds, coeffs, param_id, row_offset, col_offset)
+    kind = (distribution, shared, transposed)
+    chosen = _plan(x, w, coeffs, tokens, shared, transposed, distribution)
+    choices: list[Tiles] = []
+    if chosen.fused and y.numel() and seeds.numel() and fan_in:
+        choices = _choices(chosen, w, transposed)
+    done = False
+    if pending is not None:
+        rows = tokens if shared and coeffs.shape[1] == 1 else branches * tokens
+        # A prefetched weight goes through registers here: a third stage would be spilled.
+        whole = [
+            dataclasses.replace(tiles, stages=min(tiles.stages, 2))
+            for tiles in choices
+            if tiles.rows >= rows
+        ]
+        done = _first_that_launches(
+            "update_linear_",
+            "an update and a product",
+            whole,
+            lambda tiles: _fused(y, *rest, *kind, tiles, chosen.splits, pending),
+        )
+        if done:
+            written([w])
+        else:
+            last, scales, decay, rounding = pending
+            where = ([param_id], [row_offset], [col_offset])
+            update_([w], last, scales, decay, None, *where, distribution, rounding)
+    if choices and not done:
+        done = _first_that_launches(
+            "linear",
+            _VENDOR,
+            choices,
+            lambda tiles: _fused(y, *rest, *kind, tiles, chosen.splits, None),
+        )
+    if y.numel() and not done:
+        chunk = chosen.chunk if not chosen.fused else _fallback_chunk(w, branches)
+        _by_tiles(y, *rest, *kind, chunk)
     return y.view(branches, *lead, fan_out)
 
 
@@ -620,6 +706,7 @@ def linear_cross_entropy(
             choices = _choices(chosen, w, False)
             done = _first_that_launches(
                 "linear_cross_entropy",
+                _VENDOR,
                 choices,
                 lambda tiles: statistics.append(
                     _fused_statistics(flat, w, bias, targets, seeds, coeffs, *place, shared, tiles)
@@ -687,6 +774,7 @@ def _fused_statistics(
     return found
 
 
+@torch.no_grad()
 def _chunk_statistics(
     x: Tensor,
     w: Tensor,
@@ -758,6 +846,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "update_": update_,
     "project": project,
     "linear": linear,
+    "update_linear_": update_linear_,
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
     **sparse_ops.KERNELS,

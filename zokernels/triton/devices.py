@@ -132,3 +132,13 @@ def of_device(device: str) -> Architecture:
     if where.type != "cuda":
         return architecture("sm_90")
     return present(where.index if where.index is not None else torch.cuda.current_device())
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may round to TF32, however torch was told so.
+
+    Reading the older ``allow_tf32`` is an error once the newer setting was written.
+    """
+    import torch
+
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

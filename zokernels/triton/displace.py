@@ -23,11 +23,11 @@ from zokernels.triton.noise import (
     anchor,
     direction,
     key_of,
+    moved,
     narrow,
-    nearest,
     number,
+    rounded,
     rounding_words,
-    stochastic,
     wide,
 )
 
@@ -47,9 +47,9 @@ def sample_kernel(
     GAUSSIAN: tl.constexpr,
 ):
     """``z`` itself, float32 ``[rows, cols]`` contiguous."""
-    pid = tl.program_id(0).to(tl.int64)
-    group = (pid % groups).to(tl.int32)
-    r = (pid // groups) * ROWS + tl.arange(0, ROWS)[:, None]
+    pid = tl.program_id(0)  # of 32 bits: a division of 64 is a call
+    group = pid % groups
+    r = (pid // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, 64)[None, :]
     k0, k1 = key_of(tl.load(seed))
     z = direction(
@@ -97,10 +97,10 @@ def displace_kernel(
     STOCHASTIC: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     chunk = tl.program_id(1)
-    group = (pid % groups).to(tl.int32)
-    i = (pid // groups) * ROWS + tl.arange(0, ROWS)[:, None]
+    group = pid % groups
+    i = (pid // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, 64)[None, :]
     there = i < count
     bad = i < 0
@@ -119,7 +119,7 @@ def displace_kernel(
     param = number(param_id, tl.uint32)
 
     base = ()
-    bits = ()
+    words = ()
     for j in tl.static_range(4):
         col = group.to(tl.int64) * 256 + (64 * j - skip) + c
         inside = there & (col >= 0) & (col < cols)
@@ -129,8 +129,6 @@ def displace_kernel(
     if STOCHASTIC:
         s0, s1 = key_of(tl.load(seeds))
         words = rounding_words(row, col_bits, counter >> 1, param, s0, s1, zeros, 2)
-        for j in tl.static_range(4):
-            bits = bits + ((words[j] >> (16 * (counter & 1))) & 0xFFFF,)
 
     if BRANCHES == 0:
         k0, k1 = key_of(tl.load(seeds))
@@ -138,17 +136,16 @@ def displace_kernel(
         first = chunk if GATHER == 2 else 0
         last = chunk + 1 if GATHER == 2 else branches
         for g in range(first, last):
-            scale = tl.load(coeffs + g)
+            found = moved(base, z, tl.load(coeffs + g), 1.0, False)
+            found = rounded(found, words, counter & 1, dtype, STOCHASTIC)
             for j in tl.static_range(4):
                 col = group.to(tl.int64) * 256 + (64 * j - skip) + c
-                x = tl.fma(scale, z[j], base[j])
-                x = stochastic(x, bits[j], dtype) if STOCHASTIC else nearest(x, dtype)
                 place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
-                tl.store(place, narrow(x, dtype), mask=there & (col >= 0) & (col < cols))
+                tl.store(place, narrow(found[j], dtype), mask=there & (col >= 0) & (col < cols))
     else:
         acc = ()
         for _ in tl.static_range(BRANCHES):
-            acc = acc + base
+            acc = acc + (base,)
         for k in range(terms):
             k0, k1 = key_of(tl.load(seeds + k))
             z = direction(row, col_bits, counter, param, k0, k1, zeros, GAUSSIAN)
@@ -156,15 +153,13 @@ def displace_kernel(
             for b in tl.static_range(BRANCHES):
                 g = chunk * BRANCHES + b
                 scale = tl.load(coeffs + g * terms + k, mask=g < branches, other=0.0)
-                for j in tl.static_range(4):
-                    new = new + (tl.fma(scale, z[j], acc[4 * b + j]),)
+                new = new + (moved(acc[b], z, scale, 1.0, False),)
             acc = new
         for b in tl.static_range(BRANCHES):
             g = chunk * BRANCHES + b
             if g < branches:
+                found = rounded(acc[b], words, counter & 1, dtype, STOCHASTIC)
                 for j in tl.static_range(4):
                     col = group.to(tl.int64) * 256 + (64 * j - skip) + c
-                    x = acc[4 * b + j]
-                    x = stochastic(x, bits[j], dtype) if STOCHASTIC else nearest(x, dtype)
                     place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
-                    tl.store(place, narrow(x, dtype), mask=there & (col >= 0) & (col < cols))
+                    tl.store(place, narrow(found[j], dtype), mask=there & (col >= 0) & (col < cols))

@@ -36,7 +36,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zokernels.triton.noise import _INTERPRETED, direction, key_of, narrow, nearest, number, wide
+from zokernels.triton.noise import (
+    _INTERPRETED,
+    anchor,
+    direction,
+    key_of,
+    moved,
+    narrow,
+    nearest,
+    number,
+    rounded,
+    rounding_words,
+    wide,
+)
 
 
 @triton.jit
@@ -62,6 +74,45 @@ def _largest(coeffs, branches, terms, COEFFS: tl.constexpr):
     values = tl.load(coeffs + i, mask=i < branches * terms, other=0.0)
     top = tl.max(tl.abs(values), axis=0)
     return top, tl.where(top > 0.0, 1.0 / tl.where(top > 0.0, top, 1.0), 0.0)
+
+
+@triton.jit
+def _updated(
+    w,  # four sub-tiles of a group
+    seeds,
+    coeffs,
+    decay,
+    terms,
+    row,
+    col,
+    counter,
+    param,
+    GAUSSIAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """The sub-tiles after ``update_``, every term rounded (:mod:`zokernels.triton.update`)."""
+    dtype: tl.constexpr = w[0].dtype
+    x = ()
+    for j in tl.static_range(4):
+        x = x + (wide(w[j]),)
+    zeros = anchor(x[0])
+    for k in range(terms):
+        k0, k1 = key_of(tl.load(seeds + k))
+        scale = tl.load(coeffs + k)
+        factor = 1.0
+        if decay is not None:
+            factor = tl.load(decay + k)
+        if (scale != 0.0) | (factor != 1.0):
+            z = direction(row, col, counter, param, k0, k1, zeros, GAUSSIAN)
+            x = moved(x, z, scale, factor, decay is not None)
+            words = ()
+            if STOCHASTIC:
+                words = rounding_words(row, col, counter >> 1, param, k0, k1, zeros, 1)
+            x = rounded(x, words, counter & 1, dtype, STOCHASTIC)
+    new = ()
+    for j in tl.static_range(4):
+        new = new + (narrow(x[j], dtype),)
+    return new
 
 
 @triton.jit
@@ -97,16 +148,23 @@ def linear_kernel(
     MODE: tl.constexpr,  # 0: y; 1: partial sums of a split; 2: softmax statistics
     GAUSSIAN: tl.constexpr,
     PRECISION: tl.constexpr,
+    pending_seeds=None,  # of an update of w that is made first; all rows are in one tile then
+    pending_coeffs=None,
+    pending_decay=None,
+    pending_terms=0,
+    STOCHASTIC: tl.constexpr = False,
 ):
     dtype: tl.constexpr = w.dtype.element_ty
-    n = tl.program_id(0).to(tl.int64) * OUT + tl.arange(0, OUT)[:, None]
-    m = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :]
+    # Tiles are counted in 32 bits, addresses in 64.
+    n = tl.program_id(0) * OUT + tl.arange(0, OUT)[:, None]
+    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, :]
     split = tl.program_id(2)
-    row = (n + row0).to(tl.uint32)
+    row = n.to(tl.uint32) + number(row0, tl.uint32)
     param = number(param_id, tl.uint32)
     # Several terms need a row for every branch; one term shares the products of shared rows.
     expand: tl.constexpr = SHARED and COEFFS > 0
-    at = x + (m % tokens if expand else m) * x_m
+    at = x + (m % tokens if expand else m).to(tl.int64) * x_m
+    weights = w + n.to(tl.int64) * w_r
     nothing = tl.zeros((), tl.uint32)  # noise goes where the products want it
     base = tl.zeros((OUT, TOKENS), tl.float32)
     noise = tl.zeros((OUT, TOKENS), tl.float32)
@@ -119,34 +177,49 @@ def linear_kernel(
         group = step // (64 // COLUMNS)
         c = (step % (64 // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
         counter = number(group0 + group, tl.uint32)
-        first = number(group, tl.int64) * 256 - skip
-        if COEFFS == 0:
-            z = direction(row, c[None, :].to(tl.uint32), counter, param, k0, k1, nothing, GAUSSIAN)
+        first = group * 256 - skip
+        col = c[None, :].to(tl.uint32)
+        wj = ()
         for j in tl.static_range(4):
-            k = first + 64 * j + c
-            inside = (k >= 0) & (k < fan_in)
-            wj = tl.load(
-                w + n * w_r + k[None, :] * w_c,
-                mask=inside[None, :] & (n < fan_out),
-                other=0.0,
+            k = (first + 64 * j + c)[None, :]
+            inside = (k >= 0) & (k < fan_in) & (n < fan_out)
+            wj = wj + (tl.load(weights + k.to(tl.int64) * w_c, mask=inside, other=0.0),)
+        if pending_seeds is not None:
+            wj = _updated(
+                wj,
+                pending_seeds,
+                pending_coeffs,
+                pending_decay,
+                pending_terms,
+                row,
+                col,
+                counter,
+                param,
+                GAUSSIAN,
+                STOCHASTIC,
             )
-            xj = tl.load(at + k[:, None], mask=inside[:, None] & (m < rows), other=0.0)
+            for j in tl.static_range(4):
+                k = (first + 64 * j + c)[None, :]
+                inside = (k >= 0) & (k < fan_in) & (n < fan_out)
+                tl.store(weights + k.to(tl.int64) * w_c, wj[j], mask=inside)
+        if COEFFS == 0:
+            z = direction(row, col, counter, param, k0, k1, nothing, GAUSSIAN)
+        for j in tl.static_range(4):
+            k = (first + 64 * j + c)[:, None]
+            xj = tl.load(at + k, mask=(k >= 0) & (k < fan_in) & (m < rows), other=0.0)
             xj = _operand(xj, dtype)
-            base = _multiply(_operand(wj, dtype), xj, base, PRECISION)
+            base = _multiply(_operand(wj[j], dtype), xj, base, PRECISION)
             if COEFFS == 0:
                 noise = _multiply(_operand(z[j], dtype), xj, noise, PRECISION)
         if COEFFS > 0:
             for term in range(terms):
                 k0, k1 = key_of(tl.load(seeds + term))
-                z = direction(
-                    row, c[None, :].to(tl.uint32), counter, param, k0, k1, nothing, GAUSSIAN
-                )
-                place = coeffs + (m // tokens) * terms + term
+                z = direction(row, col, counter, param, k0, k1, nothing, GAUSSIAN)
+                place = coeffs + (m // tokens).to(tl.int64) * terms + term
                 scale = tl.load(place, mask=m < rows, other=0.0) * inverse
                 for j in tl.static_range(4):
-                    k = first + 64 * j + c
-                    inside = (k >= 0) & (k < fan_in)
-                    xj = tl.load(at + k[:, None], mask=inside[:, None] & (m < rows), other=0.0)
+                    k = (first + 64 * j + c)[:, None]
+                    xj = tl.load(at + k, mask=(k >= 0) & (k < fan_in) & (m < rows), other=0.0)
                     xj = _operand(wide(xj) * scale, dtype)
                     noise = _multiply(_operand(z[j], dtype), xj, noise, PRECISION)
 

@@ -223,6 +223,27 @@ def stochastic(x, bits, dtype: tl.constexpr):
 
 
 @triton.jit
+def moved(x, z, scale, factor, DECAY: tl.constexpr):
+    """Four sub-tiles after one term: ``fma(scale, z, x * factor)``."""
+    new = ()
+    for j in tl.static_range(4):
+        new = new + (tl.fma(scale, z[j], x[j] * factor if DECAY else x[j]),)
+    return new
+
+
+@triton.jit
+def rounded(x, words, odd, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Four sub-tiles of the even or the odd group of the pair that ``words`` belong to, rounded."""
+    new = ()
+    for j in tl.static_range(4):
+        if STOCHASTIC:
+            new = new + (stochastic(x[j], (words[j] >> (16 * odd)) & 0xFFFF, dtype),)
+        else:
+            new = new + (nearest(x[j], dtype),)
+    return new
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """Float32 that ``dtype`` holds exactly, as ``dtype``."""
     if dtype == tl.bfloat16 and _INTERPRETED:

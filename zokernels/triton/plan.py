@@ -25,6 +25,8 @@ _FUSED_RATE, _VENDOR_RATE = 0.35, 0.75
 _LAUNCH = 2e-6
 # A partial sum is written and read; more splits than this cost more than they fill.
 _MOST_SPLITS = 16
+# CUDA's limit along the second and the third axis of a grid.
+MOST_PROGRAMS = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def plan(
     fused = fused_seconds <= tile_seconds
     if architecture.crossover is not None:
         fused = stacked <= architecture.crossover
-    fused = fused and (itemsize == 2 or tf32)
+    fused = fused and (itemsize == 2 or tf32) and blocks <= MOST_PROGRAMS
     return Plan(
         fused=fused,
         tiles=tiles,

@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zokernels.triton.noise import anchor, direction, key_of, narrow, nearest, number, wide
+from zokernels.triton.noise import anchor, direction, key_of, moved, narrow, nearest, number, wide
 
 # Columns of the table of sparse_update_: addresses of the weight, of its indices and its shadow,
 # their count, the weight's elements, its columns and strides, the parameter id, the first tile.
@@ -123,10 +123,7 @@ def sparse_displace_kernel(
         k0, k1 = key_of(tl.load(seeds + k))
         scale = tl.load(coeffs + g * terms + k)
         z = direction(row, col, counter, param, k0, k1, zeros, GAUSSIAN)
-        moved = ()
-        for j in tl.static_range(4):
-            moved = moved + (tl.fma(scale, z[j], acc[j]),)
-        acc = moved
+        acc = moved(acc, z, scale, 1.0, False)
     first = out + g.to(tl.int64) * count
     for j in tl.static_range(4):
         e = group * 256 + (64 * j - skip) + c
@@ -187,10 +184,7 @@ def sparse_update_kernel(
         # A step that was not finite: not even the sign of a zero may change.
         if (scale != 0.0) | (factor != 1.0):
             z = direction(row, col, counter, param, k0, k1, zeros, GAUSSIAN)
-            moved = ()
-            for j in tl.static_range(4):
-                moved = moved + (tl.fma(scale, z[j], acc[j] * factor if DECAY else acc[j]),)
-            acc = moved
+            acc = moved(acc, z, scale, factor, DECAY)
     for j in tl.static_range(4):
         e = group * 256 + 64 * j + c
         i = tl.load(indices + e, mask=e < count, other=-1)

@@ -30,11 +30,11 @@ from zokernels.triton.noise import (
     anchor,
     direction,
     key_of,
+    moved,
     narrow,
-    nearest,
     number,
+    rounded,
     rounding_words,
-    stochastic,
     wide,
 )
 
@@ -59,36 +59,48 @@ _WIDTH: tl.constexpr = tl.constexpr(len(FIELDS))
 
 @triton.jit
 def _place(table, owners, tile, dtype: tl.constexpr, ROWS: tl.constexpr, DENSE: tl.constexpr):
-    """Where a tile is: its pointers' base, rows, columns and counters."""
+    """Where a tile is: pointers to its first sub-tile and the step to the next, its rows' mask, the
+    columns that are the tensor's (from ``first``, before ``last``), counters.
+    """
     entry = table + tl.load(owners + tile).to(tl.int64) * _WIDTH
     pointer = tl.load(entry).to(tl.pointer_type(dtype))
     rows = tl.load(entry + 1)
     cols = tl.load(entry + 2)
     stride_r = tl.load(entry + 3)
     stride_c = tl.load(entry + 4)
-    skip = tl.load(entry + 8)
-    pairs = tl.load(entry + 9)
-    local = tile - tl.load(entry + 10)
-    pair = local % pairs
-    r = (local // pairs) * ROWS + tl.arange(0, ROWS)[:, None]
-    c = pair * 512 - skip + tl.arange(0, 64)[None, :]
+    pairs = tl.load(entry + 9).to(tl.int32)
+    # Of 32 bits: a division of 64 is a call.
+    local = (tile - tl.load(entry + 10)).to(tl.int32)
+    pair = (local % pairs).to(tl.int64)
+    row0 = (local // pairs).to(tl.int64) * ROWS
+    start = pair * 512 - tl.load(entry + 8)
+    r = row0 + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, 64)[None, :]
+    there = tl.arange(0, ROWS)[:, None] < tl.minimum(rows - row0, ROWS).to(tl.int32)
+    first = tl.maximum(-start, 0).to(tl.int32)
+    last = tl.minimum(cols - start, 512).to(tl.int32)
     if DENSE:
         # Aligned contiguous rows without a column offset: sixteen bytes at a time.
         pointer = tl.multiple_of(pointer, 16)
         stride_r = tl.multiple_of(stride_r, 16)
-        cols = tl.multiple_of(cols, 16)
-        c = tl.max_contiguous(
-            tl.multiple_of(pair * 512 + tl.arange(0, 64)[None, :], [1, 64]), [1, 64]
-        )
-        places = pointer + r * stride_r + c
+        first = 0
+        last = tl.multiple_of(last, 16)
+        places = pointer + r * stride_r + (pair * 512 + c)
         step = 64
     else:
-        places = pointer + r * stride_r + c * stride_c
+        places = pointer + r * stride_r + (start + c) * stride_c
         step = 64 * stride_c
     row = (r + tl.load(entry + 6)).to(tl.uint32)
     number = (tl.load(entry + 7) + pair).to(tl.uint32)
     param = tl.load(entry + 5).to(tl.uint32)
-    return places, step, r < rows, c, cols, row, number, param, cols + skip - pair * 512
+    return places, step, there, first, last, row, number, param
+
+
+@triton.jit
+def _inside(there, j: tl.constexpr, first, last):
+    """Elements of sub-tile ``j`` that are the tensor's."""
+    at = tl.arange(0, 64)[None, :] + 64 * j
+    return there & (at >= first) & (at < last)
 
 
 @triton.jit
@@ -110,17 +122,20 @@ def update_kernel(
 ):
     dtype: tl.constexpr = like.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
-    places, step, there, c, cols, row, pair, param, live = _place(
+    places, step, there, first, last, row, pair, param = _place(
         table, owners, tile, dtype, ROWS, DENSE
     )
     col = tl.arange(0, 64)[None, :].to(tl.uint32)
-    both = live > 256  # the second group has columns of the tensor
-    acc = ()
-    for j in tl.static_range(8):
-        at = c + 64 * j
-        inside = there & (at >= 0) & (at < cols)
-        acc = acc + (wide(tl.load(places + step * j, mask=inside, other=0.0)),)
-    zeros = anchor(acc[0])
+    both = last > 256  # the second group has columns of the tensor
+    even = ()
+    odd = ()
+    for j in tl.static_range(4):
+        inside = _inside(there, j, first, last)
+        even = even + (wide(tl.load(places + step * j, mask=inside, other=0.0)),)
+    for j in tl.static_range(4, 8):
+        inside = _inside(there, j, first, last)
+        odd = odd + (wide(tl.load(places + step * j, mask=inside, other=0.0)),)
+    zeros = anchor(even[0])
     for k in range(terms):
         k0, k1 = key_of(tl.load(seeds + k))
         scale = tl.load(coeffs + k)
@@ -128,20 +143,11 @@ def update_kernel(
         if DECAY:
             factor = tl.load(decay + k)
         if (scale != 0.0) | (factor != 1.0):
-            moved = ()
             z = direction(row, col, pair * 2, param, k0, k1, zeros, GAUSSIAN)
-            for j in tl.static_range(4):
-                moved = moved + (tl.fma(scale, z[j], acc[j] * factor if DECAY else acc[j]),)
-            for j in tl.static_range(4):
-                moved = moved + (acc[4 + j],)
-            acc = moved
+            even = moved(even, z, scale, factor, DECAY)
             if both:
-                moved = (acc[0], acc[1], acc[2], acc[3])
                 z = direction(row, col, pair * 2 + 1, param, k0, k1, zeros, GAUSSIAN)
-                for j in tl.static_range(4):
-                    x = acc[4 + j]
-                    moved = moved + (tl.fma(scale, z[j], x * factor if DECAY else x),)
-                acc = moved
+                odd = moved(odd, z, scale, factor, DECAY)
         if dtype != tl.float32:
             end = k == terms - 1
             if ENDS:
@@ -149,19 +155,14 @@ def update_kernel(
             else:
                 end = k >= 0
             if end:
-                rounded = ()
+                words = ()
                 if STOCHASTIC:
                     words = rounding_words(row, col, pair, param, k0, k1, zeros, 1)
-                    for j in tl.static_range(8):
-                        bits = (words[j % 4] >> (16 * (j // 4))) & 0xFFFF
-                        rounded = rounded + (stochastic(acc[j], bits, dtype),)
-                else:
-                    for j in tl.static_range(8):
-                        rounded = rounded + (nearest(acc[j], dtype),)
-                acc = rounded
+                even = rounded(even, words, 0, dtype, STOCHASTIC)
+                odd = rounded(odd, words, 1, dtype, STOCHASTIC)
+    acc = even + odd
     for j in tl.static_range(8):
-        at = c + 64 * j
-        inside = there & (at >= 0) & (at < cols)
+        inside = _inside(there, j, first, last)
         tl.store(places + step * j, narrow(acc[j], dtype), mask=inside)
 
 
@@ -181,30 +182,28 @@ def vectors_kernel(
     dtype: tl.constexpr = like.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1)
-    places, step, there, c, cols, row, pair, param, _live = _place(
+    places, step, there, first, last, row, pair, param = _place(
         table, owners, tile, dtype, 1, False
     )
-    start = tl.load(table + tl.load(owners + tile).to(tl.int64) * _WIDTH + 11)
-    first = out + start * branches + g.to(tl.int64) * cols
+    entry = table + tl.load(owners + tile).to(tl.int64) * _WIDTH
+    made = out + tl.load(entry + 11) * branches + g.to(tl.int64) * tl.load(entry + 2)
+    made += pair.to(tl.int64) * 512 + tl.arange(0, 64)[None, :]
     col = tl.arange(0, 64)[None, :].to(tl.uint32)
     for half in tl.static_range(2):
         acc = ()
         for j in tl.static_range(4):
-            at = c + 64 * (4 * half + j)
-            x = tl.load(places + step * (4 * half + j), mask=there & (at < cols), other=0.0)
+            inside = _inside(there, 4 * half + j, first, last)
+            x = tl.load(places + step * (4 * half + j), mask=inside, other=0.0)
             acc = acc + (wide(x),)
         zeros = anchor(acc[0])
         for k in range(terms):
             k0, k1 = key_of(tl.load(seeds + k))
             scale = tl.load(coeffs + g * terms + k)
             z = direction(row, col, pair * 2 + half, param, k0, k1, zeros, GAUSSIAN)
-            new = ()
-            for j in tl.static_range(4):
-                new = new + (tl.fma(scale, z[j], acc[j]),)
-            acc = new
+            acc = moved(acc, z, scale, 1.0, False)
         for j in tl.static_range(4):
-            at = c + 64 * (4 * half + j)
-            tl.store(first + at, acc[j], mask=there & (at < cols))
+            inside = _inside(there, 4 * half + j, first, last)
+            tl.store(made + 64 * (4 * half + j), acc[j], mask=inside)
 
 
 @triton.jit
@@ -223,21 +222,21 @@ def project_kernel(
     DENSE: tl.constexpr,
 ):
     dtype: tl.constexpr = like.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    # Programs that share tiles run next to each other.
+    chunk = tl.program_id(0)
+    program = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, 64)[None, :].to(tl.uint32)
     sums = ()
     for _ in tl.static_range(SEEDS):
         sums = sums + (tl.zeros((ROWS, 64), tl.float64),)
     for tile in range(program * run, tl.minimum(program * run + run, tiles)):
-        places, step, there, c, cols, row, pair, param, _live = _place(
+        places, step, there, first, last, row, pair, param = _place(
             table, owners, tile, dtype, ROWS, DENSE
         )
         for half in tl.static_range(2):
             v = ()
             for j in tl.static_range(4):
-                at = c + 64 * (4 * half + j)
-                inside = there & (at >= 0) & (at < cols)
+                inside = _inside(there, 4 * half + j, first, last)
                 x = tl.load(places + step * (4 * half + j), mask=inside, other=0.0)
                 x = wide(x)
                 zeros = anchor(x)
