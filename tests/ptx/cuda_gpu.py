@@ -1,0 +1,171 @@
+"""The CUDA backend's own launches on CPU tensors, with nvcc's PTX in place of a device.
+
+The sources are built twice: for the host, where ``launch_hook.h`` takes each launch, and to PTX.
+The binding and the Python adapter are those of the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import cuda_emulated
+import torch
+from filelock import FileLock
+
+from ptx import tensors
+from ptx.machine import Options, launch
+from ptx.memory import GlobalMemory
+from ptx.parser import Kernel, PTXError, parse
+from zokernels._cuda_ops import Native
+
+HERE = Path(__file__).parent
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+# By wgmma and TMA, which are not emulated here.
+SOURCES = [s for s in sorted(cuda_emulated.SOURCES.glob("*.cu")) if "sm90" not in s.name]
+_FLAGS = re.search(
+    r"COMPILE_LANGUAGE:CUDA>:([^$]+);--threads",
+    (cuda_emulated.ROOT / "csrc" / "CMakeLists.txt").read_text(),
+)
+_HOOK = ctypes.CFUNCTYPE(
+    ctypes.c_void_p,
+    *[ctypes.c_void_p, *[ctypes.c_int64] * 5],
+    *[ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64), ctypes.c_int64],
+)
+
+
+def to_ptx(source: Path, output: Path) -> None:
+    """Compile to PTX for compute capability 8.0 with the flags of the build."""
+    assert NVCC and _FLAGS
+    command = [NVCC, "-std=c++17", *_FLAGS.group(1).split(";"), "-arch=compute_80", "-ptx"]
+    done = subprocess.run(
+        [*command, "-o", str(output), str(source)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def plain(name: str) -> str:
+    """A mangled name without its unnamed namespace, which each compiler calls something else."""
+    found = re.search(r"(?<!\d)(\d+)(?=_GLOBAL__N_)", name)
+    if not found:
+        return name
+    return name[: found.start()] + name[found.end() + int(found.group(1)) :]
+
+
+class Backend:
+    """The built backend; launches go to the emulator."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "_zokernels_cuda_ptx.so"
+        torch.ops.load_library(str(self.path))
+        self.options = Options()
+        self._texts = folder
+        self._library = ctypes.CDLL(str(self.path))
+        self._hook = _HOOK(self._launch)  # kept: the library calls it
+        hook = ctypes.c_void_p.in_dll(self._library, "zk_launch_hook")
+        hook.value = ctypes.cast(self._hook, ctypes.c_void_p).value
+        symbols = subprocess.run(["nm", str(self.path)], capture_output=True, text=True, check=True)
+        places = {
+            name: int(at, 16)
+            for at, _, name in re.findall(r"^(\w+) (\w) (\S+)$", symbols.stdout, re.M)
+        }
+        self._base = ctypes.addressof(hook) - places["zk_launch_hook"]
+        self._names = {at: name for name, at in places.items()}
+        self._message = ctypes.create_string_buffer(b"")
+        self.launched: set[str] = set()
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, Kernel]:
+        found: dict[str, Kernel] = {}
+        for text in sorted(self._texts.glob("*.ptx")):
+            found |= {plain(name): k for name, k in parse(text.read_text()).items()}
+        return found
+
+    def _launch(
+        self,
+        address: int,
+        *rest: object,
+    ) -> int | None:
+        try:
+            self._run(plain(self._names[address - self._base]), *rest)  # type: ignore[arg-type]
+        except Exception as error:
+            self._message = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
+            return ctypes.addressof(self._message)
+        return None
+
+    def _run(
+        self,
+        name: str,
+        x: int,
+        y: int,
+        z: int,
+        threads: int,
+        shared: int,
+        arguments: ctypes._Pointer[ctypes.c_void_p],
+        sizes: ctypes._Pointer[ctypes.c_int64],
+        count: int,
+    ) -> None:
+        kernel = self.kernels[name]
+        self.launched.add(name)
+        if [p.size for p in kernel.parameters] != list(sizes[:count]):
+            raise PTXError(f"{name}: the host's arguments have {list(sizes[:count])} bytes")
+        parameters = bytearray(kernel.parameter_bytes)
+        for place, start in zip(kernel.parameters, arguments[:count], strict=True):
+            data = ctypes.string_at(start, place.size)
+            parameters[place.offset : place.offset + place.size] = data
+        launch(
+            kernel,
+            (x, y, z),
+            threads,
+            bytes(parameters),
+            GlobalMemory(tensors.living()),
+            dynamic_shared=shared,
+            options=self.options,
+        )
+
+
+def _digest() -> str:
+    """Of everything that the builds are made from."""
+    digest = hashlib.sha256(cuda_emulated._digest().encode())
+    assert NVCC
+    digest.update(subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout)
+    for path in (HERE / "launch_hook.h", Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def built() -> Backend:
+    """Both builds, made once for all processes."""
+    folder = Path(tempfile.gettempdir()) / f"zokernels-ptx-{_digest()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / "_zokernels_cuda_ptx.so"
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            with ThreadPool(2) as pool:
+                pool.starmap(to_ptx, [(s, folder / f"{s.stem}.ptx") for s in SOURCES])
+            cuda_emulated.build(
+                folder / "partial.so",
+                *("-include", str(HERE / "launch_hook.h")),
+                *("-Dzokernels_cuda_emulated=zokernels_cuda_ptx", "-O0"),
+            )
+            (folder / "partial.so").rename(library)
+    return Backend(folder)
+
+
+def native(multiprocessors: int = 4) -> Native:
+    """The backend's ops for CPU tensors."""
+    built()
+    return Native(
+        torch.ops.zokernels_cuda_ptx,
+        stream=lambda device: 0,
+        multiprocessors=lambda device: multiprocessors,
+        capturing=lambda: False,
+    )
