@@ -11,12 +11,13 @@ from pathlib import Path
 import cuda_emulated
 import pytest
 import torch
+import torch.nn.functional as F
 from fake_cuda import enter_devices
 from test_cuda_kernels import DTYPES, PID, rand, seeds_of, table
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from zokernels import noise
+from zokernels import _cuda_ops, noise
 from zokernels._cuda_ops import Native
 from zokernels._late import Flags
 
@@ -117,7 +118,7 @@ def native_calls() -> tuple[Native, list[str]]:
 
             def call(*args: object) -> object:
                 assert all(a.device.type == "cuda" for a in args if isinstance(a, Tensor)) or (
-                    name in ("displace_", "flag_ids_")  # with the flag on the host
+                    name in ("displace_", "chunk_loss_")  # with the flag on the host
                 )
                 calls.append(name)
                 return result
@@ -166,4 +167,30 @@ def test_no_adapter_waits_for_the_device(dtype: torch.dtype, tmp_path: Path) -> 
         assert ops.displace_vectors([w[0]], seeds, c, [1], kind).shape == (2 * 64,)
         assert ops.displace(w, seeds, c, *place, kind, "nearest", None).shape == (2, 300, 64)
         assert ops.sample(3, 4, seeds[0], *place, kind).shape == (3, 4)
-    assert {"displace_", "flag_ids_", "update_", "project_", "displace_vectors_"} <= set(calls)
+    assert {"displace_", "chunk_loss_", "update_", "project_", "displace_vectors_"} <= set(calls)
+
+
+# --- the loss of a vocabulary in chunks -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [256, 257, 1028, 1100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_of_chunks(dtype: torch.dtype, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are aligned and not, a last chunk of one column, and -inf among the logits."""
+    monkeypatch.setattr(_cuda_ops, "LOGIT_BYTES", 1)  # 256 columns a chunk
+    x, w = rand(2, 5, 64, dtype=dtype), rand(vocab, 64, dtype=dtype, seed=2) * 4
+    bias = rand(2, vocab, seed=3)
+    bias[1, 255] = -torch.inf
+    targets = torch.tensor([0, vocab - 1, -100, 255, 254])
+    place = (seeds_of(1), torch.zeros(2, 1), PID, 0, 0, "gaussian", False)
+    ops = cuda_emulated.native()
+    logits = ops.linear(x, w, bias, *place, False)
+    got = ops.linear_cross_entropy(x, w, bias, targets, *place, -100)
+    want = torch.stack([F.cross_entropy(rows, targets) for rows in logits.double()])
+    assert bool(want[1].isinf())
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    if vocab > 512:
+        whole = got
+        monkeypatch.undo()
+        got = ops.linear_cross_entropy(x, w, bias, targets, *place, -100)
+        torch.testing.assert_close(got, whole, rtol=1e-6, atol=0)

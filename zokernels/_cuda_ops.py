@@ -91,7 +91,7 @@ class Native:
         wgmma_tokens: Callable[[torch.device], int] = lambda device: 0,
     ) -> None:
         self._displace = ops.displace_.default
-        self._flag_ids = ops.flag_ids_.default
+        self._chunk_loss = ops.chunk_loss_.default
         self._update = ops.update_.default
         self._project_rows = ops.project_rows.default
         self._project = ops.project_.default
@@ -610,17 +610,12 @@ class Native:
         device = w.device
         self.flags.look(device)
         branches, vocab, tokens = coeffs.shape[0], w.shape[0], targets.numel()
-        targets = targets.contiguous()
-        self._flag_ids(targets, vocab, ignore_index, self.flags.of(device), self._stream(device))
-        if device.type == "cpu":
-            self.flags.look(device, f"targets other than ignore_index={ignore_index}")
-        keep = targets != ignore_index
-        top = torch.full((branches, tokens), -torch.inf, dtype=torch.float32, device=device)
-        # What no chunk picks, of a target that is no entry, stays NaN.
-        total, picked = torch.zeros_like(top), torch.full_like(top, torch.nan)
-        # Online logsumexp over chunks of the vocabulary.
-        step = max(256, LOGIT_BYTES // max(1, 4 * branches * tokens) // 256 * 256)
-        for start in range(0, vocab, step):
+        targets, flag = targets.contiguous(), self.flags.of(device)
+        state = torch.empty((2, branches, tokens), dtype=torch.float32, device=device)
+        losses = torch.empty((branches, tokens), dtype=torch.float32, device=device)
+        chunk = LOGIT_BYTES // max(1, w.element_size() * branches * tokens)
+        step = max(256, chunk // 256 * 256)
+        for start in range(0, max(1, vocab), step):
             stop = min(vocab, start + step)
             logits = self.linear(
                 x,
@@ -634,16 +629,21 @@ class Native:
                 distribution,
                 shared,
                 False,
-            ).float()  # [G, N, chunk]
-            higher = torch.maximum(top, logits.amax(-1))
-            total = total * torch.exp(top - higher)
-            total += torch.exp(logits - higher[..., None]).sum(-1)
-            top = higher
-            here = (targets >= start) & (targets < stop) & keep
-            index = (targets - start).clamp(0, stop - start - 1).expand(branches, tokens)
-            picked = torch.where(here, logits.gather(-1, index[..., None])[..., 0], picked)
-        losses = torch.where(keep, top + total.log() - picked, 0.0)
-        return losses.sum(-1) / keep.sum()
+            )  # [G, N, chunk]
+            self._chunk_loss(
+                logits,
+                targets,
+                state,
+                losses,
+                flag,
+                start,
+                vocab,
+                ignore_index,
+                self._stream(device),
+            )
+        if device.type == "cpu":
+            self.flags.look(device, f"targets other than ignore_index={ignore_index}")
+        return losses.sum(-1) / (targets != ignore_index).sum()
 
     def kernels(self) -> dict[str, Callable[..., object]]:
         """Op name -> function with the op's positional signature."""

@@ -141,11 +141,26 @@ void displace_(Tensor out, std::optional<Tensor> w, Tensor seeds, std::optional<
   check(displace(a, stream_of(stream)));
 }
 
-// flag int64 [2].
-void flag_ids_(Tensor ids, int64_t limit, int64_t ignored, Tensor flag, int64_t stream) {
-  const Guard guard(ids);
-  check(flag_ids(ids.data_ptr(), ids.scalar_type() == ScalarType::Long, ids.numel(), limit, ignored,
-                 static_cast<int64_t*>(flag.data_ptr()), stream_of(stream)));
+// logits [branches, tokens, cols] and targets [tokens], contiguous; state float32 [2, branches,
+// tokens], losses float32 [branches, tokens], flag int64 [2].
+void chunk_loss_(Tensor logits, Tensor targets, Tensor state, Tensor losses, Tensor flag,
+                 int64_t start, int64_t vocab, int64_t ignored, int64_t stream) {
+  const Guard guard(logits);
+  LossArgs a;
+  a.logits = static_cast<const char*>(logits.data_ptr());
+  a.dtype = dtype_of(logits);
+  a.rows = logits.size(0) * logits.size(1);
+  a.tokens = logits.size(1);
+  a.cols = logits.size(2);
+  a.aligned = aligned_runs(a.logits, a.dtype, 1, 0, 16 / size_of(a.dtype), {a.cols});
+  a.targets = static_cast<const int64_t*>(targets.data_ptr());
+  a.state = static_cast<float*>(state.data_ptr());
+  a.losses = static_cast<float*>(losses.data_ptr());
+  a.flag = static_cast<int64_t*>(flag.data_ptr());
+  a.start = start;
+  a.vocab = vocab;
+  a.ignored = ignored;
+  check(chunk_loss(a, stream_of(stream)));
 }
 
 // The entries of one column width, numbered through.
@@ -462,7 +477,9 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
       "displace_(Tensor(a!) out, Tensor? w, Tensor seeds, Tensor? coeffs, Tensor? ids, "
       "bool own_ids, Tensor(b!)? flag, int param_id, int row_offset, int col_offset, "
       "int distribution, bool stochastic, int stream) -> ()");
-  m.def("flag_ids_(Tensor ids, int limit, int ignored, Tensor(a!) flag, int stream) -> ()");
+  m.def(
+      "chunk_loss_(Tensor logits, Tensor targets, Tensor(a!) state, Tensor(b!) losses, "
+      "Tensor(c!) flag, int start, int vocab, int ignored, int stream) -> ()");
   m.def(
       "update_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, Tensor? decay, Tensor? ends, "
       "int[] param_ids, int[] row_offsets, int[] col_offsets, int distribution, bool stochastic, "
@@ -516,7 +533,7 @@ STABLE_TORCH_LIBRARY(ZK_NAMESPACE, m) {
 // here is differentiable.
 STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("displace_", TORCH_BOX(&zk::displace_));
-  m.impl("flag_ids_", TORCH_BOX(&zk::flag_ids_));
+  m.impl("chunk_loss_", TORCH_BOX(&zk::chunk_loss_));
   m.impl("update_", TORCH_BOX(&zk::update_));
   m.impl("project_rows", TORCH_BOX(&zk::project_rows));
   m.impl("project_", TORCH_BOX(&zk::project_));

@@ -6,14 +6,10 @@
 namespace zk {
 namespace {
 
-ZK_DEVICE int64_t id_at(const void* ids, bool wide, int64_t at) {
-  return wide ? static_cast<const int64_t*>(ids)[at]
-              : static_cast<int64_t>(static_cast<const int32_t*>(ids)[at]);
-}
-
-ZK_DEVICE void raise_flag(int64_t* flag, int64_t id, int64_t limit) {
-  flag[1] = limit;
-  flag[0] = id;
+ZK_DEVICE int64_t row_id(const DisplaceArgs& a, int64_t branch, int64_t row) {
+  const int64_t at = (a.own_ids ? branch * a.out_rows : 0) + row;
+  return a.wide_ids ? static_cast<const int64_t*>(a.ids)[at]
+                    : static_cast<int64_t>(static_cast<const int32_t*>(a.ids)[at]);
 }
 
 // Both branches' units, rounded with the same bits.
@@ -44,9 +40,12 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, V == 4 ? 3 : 2) displace_kernel(const Displac
   const int64_t out_row = u.row;
   bool there = true;
   if (a.ids) {
-    const int64_t id = id_at(a.ids, a.wide_ids, (a.own_ids ? first * a.out_rows : 0) + out_row);
+    const int64_t id = row_id(a, first, out_row);
     there = id >= 0 && id < a.w.rows;
-    if (!there && a.flag) raise_flag(a.flag, id, a.w.rows);
+    if (!there && a.flag) {
+      a.flag[1] = a.w.rows;
+      a.flag[0] = id;
+    }
     u.row = there ? id : 0;
   }
   const uint32_t noise_row = a.place.row_offset + static_cast<uint32_t>(u.row);
@@ -300,15 +299,6 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
   if (dev::thread() == 0) out[dev::block_x()] = static_cast<float>(sum);
 }
 
-ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
-    flag_ids_kernel(const void* ids, bool wide, int64_t count, int64_t limit, int64_t ignored,
-                    int64_t* flag) {
-  const int64_t at = dev::block_x() * kThreads + dev::thread();
-  if (at >= count) return;
-  const int64_t id = id_at(ids, wide, at);
-  if ((id < 0 || id >= limit) && id != ignored) raise_flag(flag, id, limit);
-}
-
 struct EntryChunk {
   Entry entries[kEntriesALaunch];
 };
@@ -344,13 +334,6 @@ const char* displace(const DisplaceArgs& a, void* stream) {
                       : normal ? displace_kernel<8, Distribution::gaussian>
                                : displace_kernel<8, Distribution::rademacher>;
   return launch(kernel, tiles, ys, 1, kThreads, 0, stream, a);
-}
-
-const char* flag_ids(const void* ids, bool wide, int64_t count, int64_t limit, int64_t ignored,
-                     int64_t* flag, void* stream) {
-  if (count == 0) return nullptr;
-  return launch(flag_ids_kernel, (count + kThreads - 1) / kThreads, 1, 1, kThreads, 0, stream, ids,
-                wide, count, limit, ignored, flag);
 }
 
 const char* update(const UpdateArgs& a, int columns, void* stream) {

@@ -71,7 +71,9 @@ struct DisplaceArgs {
   const void* ids = nullptr;  // null: row = r
   bool wide_ids = true;
   bool own_ids = false;     // [branches, out_rows] instead of [out_rows]
-  int64_t* flag = nullptr;  // as of flag_ids; the row of an id outside of w is NaN
+  // [2], may lie in pinned host memory: an id outside of w leaves itself and w's rows there, and
+  // its row is NaN.
+  int64_t* flag = nullptr;
   Seeds terms;
   const float* coeffs = nullptr;  // [branches, terms.count]; null: ones
   int64_t branches = 1;
@@ -140,6 +142,18 @@ struct RowsArgs {
   int64_t count = 0, tokens = 0, branches = 0, cols = 0;
 };
 
+// One chunk [start, start + cols) of the vocabulary, in order from the first to the last.
+struct LossArgs {
+  const char* logits = nullptr;  // [rows, cols], contiguous, row = branch * tokens + token
+  DType dtype = DType::f32;
+  bool aligned = false;              // rows begin at multiples of 16 bytes
+  const int64_t* targets = nullptr;  // [tokens]
+  float* state = nullptr;            // [2, rows]: what goes from chunk to chunk
+  float* losses = nullptr;           // [rows]: there with the last chunk; 0 where ignored
+  int64_t* flag = nullptr;           // as of DisplaceArgs, of targets outside of the vocabulary
+  int64_t rows = 0, tokens = 1, cols = 0, start = 0, vocab = 0, ignored = 0;
+};
+
 // y[g, t, n] = sum_c x[g, t, c] round(w[n, c] + sum_k coeffs[g, k] z_k[n, c]) + bias[g, n].
 // With `pending`, w is updated in place by it first, as by UpdateArgs with these terms.
 struct LinearArgs {
@@ -190,10 +204,6 @@ int64_t project_blocks(int64_t tiles);
 const char* fill_table(const Entry* host, int count, Entry* device, void* stream);
 
 const char* displace(const DisplaceArgs&, void* stream);
-// An id that is neither in [0, limit) nor `ignored` leaves itself and the limit in flag [2], which
-// may lie in pinned host memory.
-const char* flag_ids(const void* ids, bool wide, int64_t count, int64_t limit, int64_t ignored,
-                     int64_t* flag, void* stream);
 // All entries have columns_of(dtype) == columns.
 const char* update(const UpdateArgs&, int columns, void* stream);
 const char* project(const ProjectArgs&, int columns, void* stream);
@@ -204,6 +214,7 @@ const char* displace_vectors(const VectorArgs&, void* stream);
 const char* sparse_update(const VectorArgs&, void* stream);
 const char* sparse_correct(const CorrectArgs&, void* stream);
 const char* sparse_rows(const RowsArgs&, void* stream);
+const char* chunk_loss(const LossArgs&, void* stream);
 // Into how many parts of the columns a product is split, and the product. `partial`: float32
 // [parts, branches, tokens, rows] unless parts is 1.
 int linear_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t branches, int multiprocessors);
