@@ -475,6 +475,19 @@ def _extract(p: Parts) -> Step:
     return _pure(p, kind, [kind, "u32", "u32"], f)
 
 
+@_meaning("bfi")
+def _insert(p: Parts) -> Step:
+    p.kind()
+
+    def f(a: Array, b: Array, start: Array, length: Array) -> Array:
+        start = np.minimum(start & np.uint32(255), 32).astype(np.uint64)
+        length = np.minimum(length & np.uint32(255), 32).astype(np.uint64)
+        field = ((np.uint64(1) << length) - np.uint64(1)) << start
+        return (b & ~field | a.astype(np.uint64) << start & field).astype(np.uint32)
+
+    return _pure(p, "b32", ["b32", "b32", "u32", "u32"], f)
+
+
 @_meaning("prmt")
 def _permute(p: Parts) -> Step:
     """The default mode: each nibble of c chooses a byte of {b, a}, or spreads its sign."""
