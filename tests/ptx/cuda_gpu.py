@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 
 from ptx import tensors
-from ptx.machine import Options, launch
+from ptx.machine import launch
 from ptx.memory import GlobalMemory
 from ptx.parser import Kernel, PTXError, parse
 from zokernels._cuda_ops import Native
@@ -65,7 +65,6 @@ class Backend:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "_zokernels_cuda_ptx.so"
         torch.ops.load_library(str(self.path))
-        self.options = Options()
         self._texts = folder
         self._library = ctypes.CDLL(str(self.path))
         self._hook = _HOOK(self._launch)  # kept: the library calls it
@@ -127,7 +126,6 @@ class Backend:
             bytes(parameters),
             GlobalMemory(tensors.living()),
             dynamic_shared=shared,
-            options=self.options,
         )
 
 

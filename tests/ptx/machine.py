@@ -36,17 +36,6 @@ class Copy:
     group: Array
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a launch is held to.
-
-    Attributes:
-        races: look for accesses to shared and global memory that nothing orders.
-    """
-
-    races: bool = True
-
-
 class Machine:
     """The threads of some blocks of a grid."""
 
@@ -61,10 +50,10 @@ class Machine:
         shared_bytes: int,
         memory: GlobalMemory,
         clock: Clock,
-        options: Options,
+        races: bool,
     ) -> None:
         self.kernel, self.grid, self.threads, self.blocks = kernel, grid, threads, blocks
-        self.memory, self.clock, self.options = memory, clock, options
+        self.memory, self.clock, self.races = memory, clock, races
         self.parameters = np.frombuffer(parameters, np.uint8)
         n = self.count = blocks * threads
         self.lane = np.arange(n, dtype=np.int64)
@@ -184,7 +173,7 @@ class Machine:
     def load_global(self, address: Array, unit: int, count: int, lanes: Array) -> Array:
         """[lanes, count] of ``unit`` bytes."""
         found = self._found(address, unit * count)
-        if self.options.races:
+        if self.races:
             for watch, own, start in self.memory.watches(found, self.granule, self.clock):
                 at = (address[own] - np.uint64(start)).astype(np.int64)
                 self._watched(watch, at, unit * count, lanes[own], None)
@@ -201,7 +190,7 @@ class Machine:
         view[cells] = x
         if (view[cells] != x).any():
             raise self.error("two threads write different values to one place")
-        if self.options.races:
+        if self.races:
             changed = np.repeat(changes, unit, 1).reshape(len(x), -1)
             for watch, own, start in self.memory.watches(found, self.granule, self.clock):
                 to = (address[own] - np.uint64(start)).astype(np.int64)
@@ -222,7 +211,7 @@ class Machine:
     def load_shared(self, address: Array, unit: int, count: int, lanes: Array) -> Array:
         at = self.shared_at(address, unit * count, lanes)
         self._landed(at, unit * count, lanes)
-        if self.options.races:
+        if self.races:
             self._watched(self.watch, at, unit * count, lanes, None)
         return self.shared.view(f"u{unit}")[(at // unit)[:, None] + np.arange(count)]
 
@@ -236,7 +225,7 @@ class Machine:
         view[cells] = x
         if (view[cells] != x).any():
             raise self.error("two threads write different values to one place")
-        if self.options.races:
+        if self.races:
             self._watched(self.watch, at, unit * count, lanes, np.repeat(changes, unit, 1))
 
     def _landed(self, at: Array, size: int, lanes: Array) -> None:
@@ -256,7 +245,7 @@ class Machine:
         if some.any():
             self._found(start[some], size)
         cells = at[:, None] + np.arange(size)
-        if self.options.races:
+        if self.races:
             self._watched(self.watch, at, size, lanes, np.ones(cells.shape, bool))
         self.shared[cells] = 0xFF
         self.flying[cells] = True
@@ -298,7 +287,7 @@ class Machine:
         cells = at[:, None] + np.arange(c.size)
         self.shared[cells] = data
         self.flying[cells] = False
-        if self.options.races:
+        if self.races:
             # Others see it after the next barrier.
             self._watched(self.watch, at, c.size, lanes, np.ones(cells.shape, bool))
 
@@ -440,13 +429,14 @@ def launch(
     memory: GlobalMemory,
     *,
     dynamic_shared: int = 0,
-    options: Options = Options(),
+    races: bool = True,
 ) -> None:
     """Run a grid.
 
     Args:
         parameters: the bytes of ``.param`` space.
         dynamic_shared: bytes of the ``.extern`` array.
+        races: look for accesses to shared and global memory that nothing orders.
 
     Raises:
         PTXError: the kernel does something that is forbidden or unknown.
@@ -466,5 +456,5 @@ def launch(
         for first in range(0, total, each):
             blocks = min(each, total - first)
             Machine(
-                *(kernel, grid, threads, first, blocks, parameters, shared, memory, clock, options)
+                *(kernel, grid, threads, first, blocks, parameters, shared, memory, clock, races)
             ).run()

@@ -22,7 +22,7 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from ptx import tensors
-from ptx.machine import Options, launch
+from ptx.machine import launch
 from ptx.memory import GlobalMemory
 from ptx.parser import Kernel, PTXError, parse
 
@@ -89,7 +89,6 @@ def run_compiled(
         bytes(parameters),
         GlobalMemory(tensors.ranges(given), tensors.living),
         dynamic_shared=compiled.metadata.shared,
-        options=Options(),
     )
 
 
