@@ -17,9 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from zokernels.triton import displace, linear, loss, sparse, update
-from zokernels.triton.plan import fused_tiles
+from zokernels.triton.plan import fused_tiles, updating_tiles
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
+TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Types of the arguments that mean the same in every kernel.
@@ -59,17 +60,25 @@ class Variant:
     types: dict[str, str]
     warps: int = 4
     stages: int = 1
+    otherwise: Variant | None = None  # what is launched where this does not fit
 
 
 @dataclass(frozen=True)
 class Machine:
     """What ``cuobjdump`` says of a compiled kernel."""
 
+    variant: Variant
     registers: int
     stack: int
     local: int
     shared: int
     instructions: list[str]
+
+    @property
+    def resident(self) -> int:
+        """Warps of whole blocks whose registers a multiprocessor has (65536 of 32 bits)."""
+        each = 32 * -(-self.registers // 8) * 8
+        return 65536 // each // self.variant.warps * self.variant.warps
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, i)) for i in self.instructions)
@@ -98,6 +107,10 @@ def compile_for(variant: Variant, capability: int) -> Machine:
         "enable_fp_fusion": False,
     }
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    if (getattr(binary.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY:
+        # A launch raises OutOfResources.
+        assert variant.otherwise is not None, f"{variant.name} does not fit sm_{capability}"
+        return compile_for(variant.otherwise, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -115,7 +128,12 @@ def compile_for(variant: Variant, capability: int) -> Machine:
             r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", dump("-sass")
         )
     return Machine(
-        int(usage["REG"]), int(usage["STACK"]), int(usage["LOCAL"]), binary.metadata.shared, code
+        variant,
+        int(usage["REG"]),
+        int(usage["STACK"]),
+        int(usage["LOCAL"]),
+        binary.metadata.shared,
+        code,
     )
 
 
@@ -127,9 +145,7 @@ def _product(
     name: str, kind: str, stacked: int, *, terms: int = 1, pending: int = 0, **extra: Any
 ) -> Variant:
     transposed = name == "conv1d"
-    tiles = fused_tiles(stacked, 4 if kind == "fp32" else 2, transposed)[0]
     constants: dict[str, Any] = {
-        "TOKENS": tiles.rows,
         "COEFFS": 0 if terms == 1 else 16,
         "SHARED": False,
         "BIAS": True,
@@ -138,27 +154,32 @@ def _product(
         "PRECISION": "tf32" if kind == "fp32" else "ieee",
         **extra,
     }
-    if transposed:
-        constants["INPUTS"] = tiles.columns
-    else:
-        constants.update(OUT=tiles.outputs, COLUMNS=tiles.columns)
     pointer = f"*{kind}"
     types = {"x": pointer, "w": pointer, "y": pointer if constants["MODE"] == 0 else "*fp32"}
+    label = "-".join(f"{k.lower()}{v}" for k, v in extra.items())
     if pending:
         constants["STOCHASTIC"] = kind != "fp32"
-        types |= _PENDING
-        types |= {"pending_terms": "i32"} if pending > 1 else {}
         constants |= {"pending_terms": 1} if pending == 1 else {}
-    label = "-".join(f"{k.lower()}{v}" for k, v in extra.items())
-    label = f"{pending}pending-{label}" if pending else label
-    return Variant(
-        f"{name}-{kind}-{stacked}rows-{terms}terms-{label}".rstrip("-"),
-        linear.conv1d_kernel if transposed else linear.linear_kernel,
-        constants,
-        types,
-        tiles.warps,
-        tiles.stages,
-    )
+        types |= _PENDING | ({"pending_terms": "i32"} if pending > 1 else {})
+        label = f"{pending}pending-{label}"
+    found = None
+    # The next smaller tiles are for where these do not fit.
+    for tiles in reversed(fused_tiles(stacked, 4 if kind == "fp32" else 2, transposed)):
+        if pending and tiles.rows < stacked:
+            continue
+        sizes = {"INPUTS": tiles.columns} if transposed else {"OUT": tiles.outputs}
+        sizes |= {} if transposed else {"COLUMNS": tiles.columns}
+        found = Variant(
+            f"{name}-{kind}-{stacked}rows-{terms}terms-{label}".rstrip("-"),
+            linear.conv1d_kernel if transposed else linear.linear_kernel,
+            {**constants, **sizes, "TOKENS": tiles.rows},
+            types,
+            tiles.warps,
+            updating_tiles(tiles).stages if pending else tiles.stages,
+            found,
+        )
+    assert found is not None
+    return found
 
 
 # Triton compiles an integer argument that is 1 into the kernel.
@@ -245,6 +266,7 @@ def variants() -> list[Variant]:
             "project-sum", update.project_sum_kernel, {"BLOCK": 1024}, {**data, "out": "*fp32"}
         ),
         _product("linear", "bf16", 64),
+        _product("linear", "bf16", 32),
         _product("linear", "bf16", 16, MODE=1),
         _product("linear", "bf16", 32, GAUSSIAN=False),
         _product("linear", "bf16", 32, MODE=2),
@@ -252,6 +274,7 @@ def variants() -> list[Variant]:
         _product("linear", "fp32", 32),
         _product("linear", "bf16", 32, terms=4),
         _product("linear", "bf16", 64, pending=1),
+        _product("linear", "bf16", 32, pending=1),
         _product("linear", "bf16", 16, pending=1, MODE=1),
         _product("linear", "bf16", 32, pending=1, GAUSSIAN=False),
         _product("linear", "fp16", 32, pending=3),

@@ -6,7 +6,6 @@ interpreter (``TRITON_INTERPRET=1``, for tests: CPU tensors, very slow).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ from zokernels.triton.launch import (
     signed32,
 )
 from zokernels.triton.noise import INTERPRETED
-from zokernels.triton.plan import Plan, Tiles, fused_tiles, plan
+from zokernels.triton.plan import Plan, Tiles, fused_tiles, plan, updating_tiles
 from zokernels.triton.tables import TILE_ROWS, grouped
 
 if not INTERPRETED:
@@ -375,7 +374,7 @@ def _report(what: str, error: Exception, instead: str) -> None:
         _reported.add(what)
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
-            f"{what} did not launch ({reason}); {instead} instead", LaunchWarning, stacklevel=4
+            f"{what} did not launch ({reason}); {instead} instead", LaunchWarning, stacklevel=5
         )
 
 
@@ -637,12 +636,7 @@ def _product(
     done = False
     if pending is not None:
         rows = tokens if shared and coeffs.shape[1] == 1 else branches * tokens
-        # A prefetched weight goes through registers here: a third stage would be spilled.
-        whole = [
-            dataclasses.replace(tiles, stages=min(tiles.stages, 2))
-            for tiles in choices
-            if tiles.rows >= rows
-        ]
+        whole = [updating_tiles(tiles) for tiles in choices if tiles.rows >= rows]
         done = _first_that_launches(
             "update_linear_",
             "an update and a product",

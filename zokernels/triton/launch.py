@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zokernels.triton.devices import of_device
 from zokernels.triton.noise import INTERPRETED
+from zokernels.triton.plan import MOST_PROGRAMS
 
 SERVED = ("cpu",) if INTERPRETED else ("cuda",)
 
@@ -115,7 +116,16 @@ def signed32(value: int) -> int:
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, **meta: Any
 ) -> None:
-    """Launch on the current device; the interpreter knows no compiler options."""
+    """Launch on the current device; the interpreter knows no compiler options.
+
+    Raises:
+        ValueError: more programs along the second or third axis than CUDA has.
+    """
+    if max(grid[1:], default=0) > MOST_PROGRAMS:
+        raise ValueError(
+            f"{kernel.fn.__name__} would need a grid of {grid}, but an axis after the first holds "
+            f"{MOST_PROGRAMS} programs: evaluate fewer branches at once"
+        )
     if INTERPRETED:
         kernel[grid](*args, **meta)
     else:

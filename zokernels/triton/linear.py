@@ -230,7 +230,7 @@ def linear_kernel(
     outputs = branches * number(tokens, tl.int64)
     for g in range(passes):
         own = m + number(g, tl.int64) * tokens  # row of the stacked output
-        branch = own // tokens
+        branch = number(g, tl.int64) + m // tokens
         if COEFFS == 0:
             result = tl.fma(noise, tl.load(coeffs + branch, mask=m < rows, other=0.0), base)
         else:
@@ -301,13 +301,13 @@ def conv1d_kernel(
     dtype: tl.constexpr = w.dtype.element_ty
     group = tl.program_id(0)
     c = tl.arange(0, 64)[:, None]
-    m = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :]
+    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, :]
     split = tl.program_id(2)
     counter = number(group0 + group, tl.uint32)
-    first = number(group, tl.int64) * 256 - skip
+    first = group * 256 - skip
     param = number(param_id, tl.uint32)
     expand: tl.constexpr = SHARED and COEFFS > 0
-    at = x + (m % tokens if expand else m) * x_m
+    at = x + (m % tokens if expand else m).to(tl.int64) * x_m
     nothing = tl.zeros((), tl.uint32)
     base = ()
     noise = ()
@@ -320,17 +320,17 @@ def conv1d_kernel(
     if COEFFS > 0:
         top, inverse = _largest(coeffs, branches, terms, COEFFS)
     for start in range(split * run, tl.minimum(split * run + run, fan_in), INPUTS):
-        k = number(start, tl.int64) + tl.arange(0, INPUTS)
-        inside = k < fan_in
-        row = (k + row0).to(tl.uint32)[None, :]
-        xk = tl.load(at + k[:, None], mask=inside[:, None] & (m < rows), other=0.0)
+        k = (start + tl.arange(0, INPUTS))[None, :]
+        row = k.to(tl.uint32) + number(row0, tl.uint32)
+        inputs = (start + tl.arange(0, INPUTS))[:, None]
+        xk = tl.load(at + inputs, mask=(inputs < fan_in) & (m < rows), other=0.0)
         xs = _operand(xk, dtype)
         added = ()
         for j in tl.static_range(4):
             n = first + 64 * j + c
             wj = tl.load(
-                w + k[None, :] * w_r + n * w_c,
-                mask=inside[None, :] & (n >= 0) & (n < fan_out),
+                w + k.to(tl.int64) * w_r + n.to(tl.int64) * w_c,
+                mask=(k < fan_in) & (n >= 0) & (n < fan_out),
                 other=0.0,
             )
             added = added + (_multiply(_operand(wj, dtype), xs, base[j], PRECISION),)
@@ -345,7 +345,7 @@ def conv1d_kernel(
             for term in range(terms):
                 k0, k1 = key_of(tl.load(seeds + term))
                 z = direction(row, c.to(tl.uint32), counter, param, k0, k1, nothing, GAUSSIAN)
-                place = coeffs + (m // tokens) * terms + term
+                place = coeffs + (m // tokens).to(tl.int64) * terms + term
                 scale = tl.load(place, mask=m < rows, other=0.0) * inverse
                 scaled = _operand(wide(xk) * scale, dtype)
                 added = ()
@@ -359,7 +359,7 @@ def conv1d_kernel(
     outputs = branches * number(tokens, tl.int64)
     for g in range(passes):
         own = m + number(g, tl.int64) * tokens
-        branch = own // tokens
+        branch = number(g, tl.int64) + m // tokens
         scale = top
         if COEFFS == 0:
             scale = tl.load(coeffs + branch, mask=m < rows, other=0.0)
@@ -391,12 +391,14 @@ def reduce_kernel(
 ):
     """Partial sums of a split product, added in order, with the bias, rounded once."""
     dtype: tl.constexpr = y.dtype.element_ty
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # Split are products with few outputs: 32 bits count them.
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     total = tl.zeros((BLOCK,), tl.float32)
     for s in range(splits):
         total += tl.load(partial + number(s, tl.int64) * size + i, mask=inside, other=0.0)
     if BIAS:
-        branch = i // fan_out // tokens
-        total += wide(tl.load(bias + branch * fan_out + i % fan_out, mask=inside, other=0.0))
+        row = i // fan_out
+        column = i - row * fan_out
+        total += wide(tl.load(bias + row // tokens * fan_out + column, mask=inside, other=0.0))
     tl.store(y + i, narrow(nearest(total, dtype), dtype), mask=inside)

@@ -11,7 +11,7 @@ for a device that is not there. The model is the simplest that has a crossover::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zokernels.triton.devices import MIB, Architecture
 
@@ -78,6 +78,14 @@ def fused_tiles(stacked: int, itemsize: int, transposed: bool) -> list[Tiles]:
         return [Tiles(64, 32, 16, 4, 3 if itemsize == 2 else 2), least]
     # Twice as many outputs as rows: then a warp owns rows of the weight and no noise is shared.
     return [Tiles(128, 64, 16, 8, 3), Tiles(64, 32, 16, 4, 2), least]
+
+
+def updating_tiles(tiles: Tiles) -> Tiles:
+    """Tiles of a product that updates its weights on the way.
+
+    A prefetched weight goes through registers here; with a third stage they are spilled.
+    """
+    return replace(tiles, stages=min(tiles.stages, 2))
 
 
 def plan(

@@ -19,6 +19,7 @@ from zokernels.noise import matrix_shape
 from zokernels.triton import sparse as _sparse
 from zokernels.triton.launch import cdiv, flag, indexed, launch, reachable, signed32
 from zokernels.triton.noise import INTERPRETED
+from zokernels.triton.plan import MOST_PROGRAMS
 from zokernels.triton.tables import Group, capturing, group, kept
 
 # Groups of 256 elements of a tile. The interpreter pays for operations, not for their size.
@@ -255,7 +256,7 @@ def _correct(
     turn = tokens > _FEW and 4 * count > x.shape[2]
     tile = _TOKENS if turn else _FEW_TOKENS
     fit = _TURNED // (x.shape[0] * x.shape[2] * x.element_size()) if turn else tokens
-    chunk = min(tokens, max(tile, fit // tile * tile))
+    chunk = min(tokens, max(tile, fit // tile * tile), MOST_PROGRAMS * tile)
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
         some = _turned(x[:, part], tile) if turn else x[:, part]
