@@ -7,10 +7,12 @@ there is no GPU, Triton must be installed: its interpreter and its compiler are 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 # Set before transformers is imported: nothing in the tests may reach for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,6 +35,20 @@ REQUIRED = [
 ]
 
 
+def _interpreter_takes_any_numpy() -> None:
+    """Triton 3.6's interpreter makes a number of an array of one element, as NumPy 2.5 refuses."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 def available_backends() -> list[str]:
     """Names of the backends that can run here."""
     return [name for name, backend in _registry.backends().items() if backend.reason is None]
@@ -42,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Shapes are tiny: a second thread only waits (20 times slower on a busy machine). Tests of
     # thread independence ask for threads themselves.
     torch.set_num_threads(1)
+    _interpreter_takes_any_numpy()
     known = _registry.backends()
     for name in REQUIRED:
         if name not in known:
