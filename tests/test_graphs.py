@@ -177,9 +177,10 @@ def test_a_graph_keeps_what_only_the_optimizer_holds(graphed: None) -> None:
     step(torch.ones(2, 4))
 
 
-def test_losses_are_exchanged_once_before_the_recording(
+def test_losses_are_exchanged_before_the_recording(
     graphed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ranks connect at their first exchange, which a graph cannot hold."""
     exchanged: list[int] = []
 
     def reduce(self: zo.MeZO, losses: Tensor) -> Tensor:
@@ -190,9 +191,10 @@ def test_losses_are_exchanged_once_before_the_recording(
     net = Toy()
     before = net.linear.weight.detach().clone()
     step = graphs.GraphedStep(zo.MeZO(net, lr=1e-2), torch.ones(2, 4), loss_fn)
-    assert exchanged == [2] and torch.equal(net.linear.weight, before)
+    count = len(exchanged)
+    assert count and torch.equal(net.linear.weight, before)
     step()
-    assert exchanged == [2, 2] and not torch.equal(net.linear.weight, before)
+    assert len(exchanged) == count + 1 and not torch.equal(net.linear.weight, before)
 
 
 def test_what_fails_while_a_graph_is_recorded_is_not_tried_in_another_way(
