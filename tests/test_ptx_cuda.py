@@ -1,15 +1,23 @@
-"""The conformance suite over the PTX that nvcc compiles from csrc/cuda, run by the emulator."""
+"""What nvcc compiles from csrc/cuda, run by the emulator of PTX: conformance, and mistakes made."""
 
 from __future__ import annotations
 
-import pytest
-from ptx import cuda_gpu
-from test_conformance import *  # noqa: F403
+import re
+from collections.abc import Iterator
 
-from zokernels import _registry
+import pytest
+import torch
+from ptx import cuda_gpu
+from ptx.cases import Case, conformance
+from ptx.parser import parse
+from torch import Tensor
+
+from zokernels import _registry, reference
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(cuda_gpu.NVCC is None, reason="nvcc is not installed"),
 ]
 
@@ -19,3 +27,74 @@ def name(monkeypatch: pytest.MonkeyPatch) -> str:
     backend = _registry.Backend("cuda_ptx", ("cpu",), cuda_gpu.native().kernels())
     monkeypatch.setitem(_registry.backends(), backend.name, backend)
     return backend.name
+
+
+@conformance
+def test_conformance(name: str, case: Case) -> None:
+    test, values = case
+    test(name, *values)
+
+
+# --- the product of 16-bit types ------------------------------------------------------------------
+
+
+def product() -> tuple[Tensor, Tensor]:
+    """Through the matrix units, over several steps of asynchronous copies; and the reference's."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 9, 600, generator=generator).bfloat16()
+    w = torch.randn(70, 600, generator=generator).bfloat16()
+    rest = (None, torch.tensor([5]), torch.tensor([[0.1], [-0.1]]), 77, 0, 0, "rademacher")
+    rest = (*rest, False, False)  # type: ignore[assignment]
+    got = cuda_gpu.native().kernels()["linear"](x, w, *rest)
+    return got, reference.linear(x, w, *rest)  # type: ignore[return-value,arg-type]
+
+
+@pytest.fixture
+def kernels() -> Iterator[dict[str, cuda_gpu.Kernel]]:
+    """Those of the backend; changes are undone."""
+    found = cuda_gpu.built().kernels
+    before = dict(found)
+    yield found
+    found.update(before)
+
+
+def launched() -> str:
+    """The kernel that ``product`` launches."""
+    backend = cuda_gpu.built()
+    backend.launched.clear()
+    product()
+    (found,) = {n for n in backend.launched if "linear_kernel" in n}
+    return found
+
+
+def test_a_product_uses_the_matrix_units(kernels: dict[str, cuda_gpu.Kernel]) -> None:
+    opcodes = {i.opcode for block in kernels[launched()].blocks for i in block}
+    assert any(o.startswith("mma.sync") for o in opcodes)
+    assert any(o.startswith("cp.async.cg") for o in opcodes)
+    got, want = product()
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=0.5)
+
+
+def without(chosen: str, opcode: str) -> Iterator[str]:
+    """Modules of this kernel alone, without one of these instructions each."""
+    text = (cuda_gpu.built().folder / "linear.ptx").read_text()
+    head, *entries = re.split(r"(?=^\.entry )", text, flags=re.M)
+    (entry,) = [e for e in entries if cuda_gpu.plain(e[7 : e.index("(")]) == chosen]
+    for place in re.finditer(rf"\b{re.escape(opcode)}[^;]*;", entry):
+        yield head + entry[: place.start()] + entry[place.end() :]
+
+
+@pytest.mark.parametrize("opcode", ["bar.sync", "cp.async.wait_group", "cp.async.commit_group"])
+def test_a_product_needs_each_of_its_waits(
+    kernels: dict[str, cuda_gpu.Kernel], opcode: str
+) -> None:
+    """Any barrier, wait or end of a group left out is found, or was not on this path."""
+    chosen, found = launched(), 0
+    for text in without(chosen, opcode):
+        (kernels[chosen],) = parse(text).values()
+        try:
+            product()
+        except RuntimeError as error:
+            assert re.search("a race|not waited for|in flight", str(error))
+            found += 1
+    assert found > 0

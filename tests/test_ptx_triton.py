@@ -1,4 +1,4 @@
-"""The conformance suite over the PTX that Triton compiles for a GPU, run by the emulator."""
+"""What Triton compiles for compute capability 8.0, run by the emulator of PTX: conformance."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from ptx import triton_gpu
-from test_conformance import *  # noqa: F403
+from ptx.cases import Case, conformance
 
 from zokernels import _registry
 
 Kernels = dict[str, Callable[..., object]]
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +30,9 @@ def name(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> str:
     backend = _registry.Backend("triton_ptx", ("cpu",), kernels)
     monkeypatch.setitem(_registry.backends(), backend.name, backend)
     return backend.name
+
+
+@conformance
+def test_conformance(name: str, case: Case) -> None:
+    test, values = case
+    test(name, *values)

@@ -63,9 +63,8 @@ class Backend:
     """The built backend; launches go to the emulator."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "_zokernels_cuda_ptx.so"
+        self.folder, self.path = folder, folder / "_zokernels_cuda_ptx.so"
         torch.ops.load_library(str(self.path))
-        self._texts = folder
         self._library = ctypes.CDLL(str(self.path))
         self._hook = _HOOK(self._launch)  # kept: the library calls it
         hook = ctypes.c_void_p.in_dll(self._library, "zk_launch_hook")
@@ -83,7 +82,7 @@ class Backend:
     @functools.cached_property
     def kernels(self) -> dict[str, Kernel]:
         found: dict[str, Kernel] = {}
-        for text in sorted(self._texts.glob("*.ptx")):
+        for text in sorted(self.folder.glob("*.ptx")):
             found |= {plain(name): k for name, k in parse(text.read_text()).items()}
         return found
 

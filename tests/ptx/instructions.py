@@ -632,6 +632,8 @@ def _conversion(
         return lambda a: np.where(
             np.isfinite(a), (a.view(np.uint32) + half) & keep, a.view(np.uint32)
         )
+    if to == "f64" and start in _WIDEN and rounding is None:
+        return lambda a: _WIDEN[start](a).astype(np.float64)
     if to == "f64" and start == "f32" and rounding is None:
         return lambda a: a.astype(np.float64)
     if to == "f32" and start == "f64" and rounding == "rn":
