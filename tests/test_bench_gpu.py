@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import zokernels as zo
 from bench import harness, models, peak
 from bench.gpu import __main__ as command
-from bench.gpu import checks, choice, cli, floors, machine, ops, report, session, sizes, steps
+from bench.gpu import checks, choice, cli, floors, machine, ops, report, session, sizes, steps, warm
 from zokernels import _choice, _ops, _registry, graphs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -633,6 +633,49 @@ def test_what_is_recorded_takes_nothing_from_the_host(
     found = steps.cases(Recording(), model, models.random_batch(model, 2, 4), ["cpp"], 0.05)
     assert not found.left_out
     assert len(recorded) == 4  # two forwards; a step, with a fused update, under a mask
+
+
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def test_what_is_compiled_ahead_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def noted(op: str, kernel: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args: called.append(op) or kernel(*args)
+
+    own = _registry.backends()["cpp"].kernels
+    kernels = {op: noted(op, kernel) for op, kernel in own.items()}
+    monkeypatch.setattr(_registry.backends()["cpp"], "kernels", kernels)
+    monkeypatch.setattr(_registry.backends()["cpp"], "table", {})
+    every = warm.calls(SMALL, "cpu", "cpp")
+    assert [label for label, _ in every if label not in {c.label for c in ops.cases(SMALL, "cpu")}]
+    shares = [every[i::3] for i in range(3)]
+    assert sorted(label for some in shares for label, _ in some) == sorted(n for n, _ in every)
+    assert not [line for some in shares for line in warm.make(some, "cpp")]
+    assert {case.op for case in ops.cases(SMALL, "cpu")} <= set(called)
+    failing = [("one", lambda: 1 / 0), ("two", lambda: called.append("two"))]
+    assert warm.make(failing, "cpp") == ["one: ZeroDivisionError: division by zero"]
+    assert called[-1] == "two"
+
+
+def test_processes_that_compile_ahead_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Child:
+        def __init__(self, command: list[str], **options: Any) -> None:
+            assert command[1:3] == ["-m", "bench.gpu.warm"] and options["start_new_session"]
+            self.slow, self.returncode, self.pid = command[3] == "1", None, 4
+
+        def wait(self, timeout: float) -> None:
+            if self.slow:
+                raise subprocess.TimeoutExpired("warm", timeout)
+            self.returncode = 0
+
+    killed: list[int] = []
+    monkeypatch.setattr(warm.subprocess, "Popen", Child)
+    monkeypatch.setattr(warm.os, "killpg", lambda pid, signal: killed.append(pid))
+    found = warm.ahead(3, 5.0)
+    assert (found.state, found.detail) == ("not run", "2 of 3 processes came to their end")
+    assert killed == [4]
 
 
 # --- sums -----------------------------------------------------------------------------------------

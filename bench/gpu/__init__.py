@@ -15,5 +15,6 @@
 
 ``machine`` what is asked of a device, CUDA's answer and a CPU's for rehearsals; ``floors``, ``ops``
 and ``steps`` what is timed; ``session`` in which order, within a budget; ``checks`` building,
-conformance and the sanitizer; ``choice`` which backend was faster; ``report`` tables, files, plots.
+conformance and the sanitizer; ``warm`` what Triton compiles ahead; ``choice`` which backend was
+faster; ``report`` tables, files, plots.
 """

@@ -11,12 +11,13 @@ import torch
 import typer
 
 from bench import harness
-from bench.gpu import checks, ops, steps
+from bench.gpu import checks, ops, steps, warm
 from bench.gpu.checks import Check
 from bench.gpu.machine import Cuda, Machine, Rehearsal
 from bench.gpu.report import console, summary
 from bench.gpu.session import Session, Todo
 from bench.gpu.sizes import FULL, TINY, Sizes
+from bench.harness import cores
 from zokernels import _choice, _ops, _registry
 from zokernels.triton import devices
 
@@ -124,6 +125,11 @@ def main(
         for i, (name, tool) in enumerate(jobs):
             limit = (left() - (1 - share) * budget - 5) / (len(jobs) - i)
             made.append(_said(checks.sanitize(name, tool, limit)))
+    if "triton" in checked and not (check_only or only or missing):
+        # A process holds a few GiB; of what is left numbers get the most.
+        workers = min(8, cores() - 2, machine.free() // (8 << 30))
+        if workers > 1:
+            made.append(_said(warm.ahead(workers, left() / 5)))
     bad = [check for check in made if check.state in ("failed", "no time")]
     if not check_only and checked:
         notes: harness.Row = {"checks": [str(check) for check in made]}
