@@ -392,6 +392,15 @@ def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:
         "    t.fused_case(*case, dtype=torch.float32, transposed=True, multiprocessors=1000)\n"
         "vectors = [t.rand(70, 300, dtype=torch.bfloat16), t.rand(9, 200)]\n"
         "t.native().project(vectors, t.seeds_of(3), [3, 4], [], [], 'gaussian')\n"
+        "for vocab in (256, 257):\n"
+        "    rest = (t.seeds_of(1), t.table(2, 1), 1, 0, 0, 'gaussian', False)\n"
+        "    x, w = t.rand(2, 3, 64), t.rand(vocab, 64)\n"
+        "    targets = torch.tensor([0, vocab - 1, -100])\n"
+        "    t.native().linear_cross_entropy(x, w, None, targets, *rest, -100)\n"
+        "try:\n"
+        "    t.native().embedding(torch.tensor([[0, 2**40], [-1, 9]]), w, *rest)\n"
+        "except IndexError:\n"
+        "    print('refused')\n"
         "print('done')\n"
     )
     env = {
@@ -402,7 +411,7 @@ def test_no_access_outside_of_any_tensor(tmp_path: Path) -> None:
     }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout == "done\n"
+    assert done.stdout == "refused\ndone\n"
 
 
 # --- the fused product ----------------------------------------------------------------------------
