@@ -501,6 +501,26 @@ def test_linear_of_strided_activations(name: str) -> None:
     same(run(name, "linear", x, *rest), run(name, "linear", x.contiguous(), *rest))
 
 
+def test_seeds_and_coefficients_of_any_stride(name: str) -> None:
+    seeds, c = seeds_of(4)[::2], table(4, 2).t()[:, ::2]
+    assert not seeds.is_contiguous() and not c.is_contiguous()
+    w, x, rest = rand(20, 24), rand(2, 3, 24), (PID, 0, 0, "gaussian")
+    targets = torch.tensor([0, 5, 19])
+    for op, before, after in [
+        ("linear", (x, w, None), (False, False)),
+        ("displace", (w,), ("nearest", None)),
+        ("embedding", (targets, w), (True,)),
+        ("linear_cross_entropy", (x, w, None, targets), (False, -100)),
+    ]:
+        got = run(name, op, *before, seeds, c, *rest, *after)
+        same(got, run(name, op, *before, seeds.clone(), c.contiguous(), *rest, *after))
+    apart = w.clone()
+    place = ([PID], [], [], "gaussian", "nearest")
+    run(name, "update_", [w], seeds, c[0], c[1], None, *place)
+    run(name, "update_", [apart], seeds.clone(), c[0].clone(), c[1].clone(), None, *place)
+    same(w, apart)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_takes_a_float32_bias(name: str, dtype: torch.dtype) -> None:
     """Small vectors are displaced in float32; the result keeps the dtype of the weights."""

@@ -18,6 +18,8 @@ from zokernels import _registry, deferred, graphs
 from zokernels.lazy import State
 
 BACKENDS = ["cpp", "reference", "cuda_emulated"]
+if _registry.backends()["triton"].serves("cpu"):  # in its interpreter
+    BACKENDS.append("triton")
 
 
 @pytest.fixture

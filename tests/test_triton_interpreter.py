@@ -90,6 +90,12 @@ def test_conformance_under_a_mask() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_steps_with_a_pending_update() -> None:
+    assert interpreted("tests/test_pending.py", "-k", "same_run and triton-opt-dtype0") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_rest() -> None:
     assert interpreted("tests/triton_interpreted.py", "tests/triton_interpreted_sparse.py") >= 25
 

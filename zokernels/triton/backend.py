@@ -126,7 +126,7 @@ def _rows_of(
     branches, count, cols = out.shape
     if not out.numel():
         return
-    terms = seeds.numel()
+    terms, seeds = seeds.numel(), seeds.contiguous()
     if terms == 0:  # nothing moves: one term with coefficient 0
         seeds, terms = seeds.new_zeros(1), 1
         coeffs = coeffs.new_zeros(branches, 1)
@@ -626,7 +626,7 @@ def _product(
     flat = x.reshape(-1, fan_in) if fan_in else x.reshape(x.shape[:-1].numel(), 0)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     bias = None if bias is None else bias.contiguous()
-    coeffs = coeffs.contiguous()
+    seeds, coeffs = seeds.contiguous(), coeffs.contiguous()
     rest = (flat, w, bias, seeds, coeffs, param_id, row_offset, col_offset)
     kind = (distribution, shared, transposed)
     chosen = _plan(x, w, coeffs, tokens, shared, transposed, distribution)
@@ -691,7 +691,7 @@ def linear_cross_entropy(
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         bias = None if bias is None else bias.contiguous()
         targets = targets.contiguous()
-        coeffs = coeffs.contiguous()
+        seeds, coeffs = seeds.contiguous(), coeffs.contiguous()
         place = (param_id, row_offset, col_offset, distribution)
         chosen = _plan(x, w, coeffs, tokens, shared, False, distribution)
         statistics: list[Tensor] = []

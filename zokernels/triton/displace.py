@@ -67,7 +67,8 @@ def sample_kernel(
         tl.store(out + r * cols + col, z[j], mask=(r < rows) & (col >= 0) & (col < cols))
 
 
-@triton.jit
+# Every batch and parameter would compile it again.
+@triton.jit(do_not_specialize=["count", "rows", "group0", "row0", "param_id", "branches"])
 def displace_kernel(
     out,
     w,

@@ -115,7 +115,11 @@ def _updated(
     return new
 
 
-@triton.jit
+# Numbers that the code is no better for knowing: every batch and parameter would compile it again.
+_FREE = ["rows", "tokens", "branches", "steps", "group0", "row0", "param_id", "run"]
+
+
+@triton.jit(do_not_specialize=_FREE)
 def linear_kernel(
     y,  # [G tokens, out]; float32 [splits, G tokens, out]; or float32 [3, tiles, G tokens]
     x,
@@ -266,7 +270,7 @@ def _softmax_statistics(y, logits, targets, own, n, m, rows, tokens, vocab, outp
     tl.store(place + 2 * tiles * outputs, picked, mask=m < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in _FREE if name != "steps"])
 def conv1d_kernel(
     y,
     x,
@@ -377,7 +381,7 @@ def conv1d_kernel(
                 tl.store(place, result, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "tokens", "splits"])
 def reduce_kernel(
     y,
     partial,  # float32 [splits, rows, out]

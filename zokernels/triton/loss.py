@@ -15,7 +15,7 @@ import triton.language as tl
 from zokernels.triton.noise import number, wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "chunks", "start", "rows", "tokens"])
 def logits_kernel(
     statistics,  # float32 [3, chunks, rows]
     logits,  # [rows, width]
@@ -65,7 +65,7 @@ def logits_kernel(
     tl.store(place + 2 * number(chunks, tl.int64) * rows, tl.sum(picked, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "rows", "tokens", "ignore_index"])
 def join_kernel(
     losses,  # float32 [rows]
     statistics,  # float32 [3, pieces, rows]
