@@ -21,25 +21,25 @@
 // Weights go through shared memory by cp.async, one half panel ahead; every thread reads back what
 // it copied itself, so that no barrier is needed.
 //
-// Ceiling, from the machine code for sm_80 with one seed and 32 tokens a branch. A weight costs 61
+// Ceiling, from the machine code for sm_80 with one seed and 32 tokens a branch. A weight costs 56
 // instructions with Gaussian noise: 38 the normal, 2 the two fma, 9 its share of products and their
-// loads, 12 unpacking, packing, copies and loops. With Rademacher noise 37 (14 the sign). A
-// multiprocessor issues 128 a cycle: 2.1 weights (3.5 with Rademacher) a cycle, 4.2 (6.9) bytes.
-// That is 1.0 (1.6) TB/s of weights on an H200, 132 multiprocessors at 1.8 GHz, with 4.8 TB/s of
-// memory bandwidth; 0.64 (1.1) of 2.0 TB/s on an A100. So this kernel waits for neither memory nor
+// loads, 7 unpacking, packing, copies and loops. With Rademacher noise 32 (14 the sign). A
+// multiprocessor issues 128 a cycle: 2.3 weights (4.0 with Rademacher) a cycle, 4.6 (8.0) bytes.
+// That is 1.1 (1.9) TB/s of weights on an H200, 132 multiprocessors at 1.8 GHz, with 4.8 TB/s of
+// memory bandwidth; 0.70 (1.2) of 2.0 TB/s on an A100. So this kernel waits for neither memory nor
 // the matrix unit: eight weights a lane feed 2 NT products, of about 6.5 cycles each at the rate
-// mma.sync reaches on Hopper, beside 8 * 61 issue cycles: a tenth of them at NT = 4, a fifth at 8.
-// TMA and wgmma speed up what is not waited for here; they pay where tokens are many, in
+// mma.sync reaches on Hopper, beside 8 * 56 issue cycles: a ninth of them at NT = 4, a quarter
+// at 8. TMA and wgmma speed up what is not waited for here; they pay where tokens are many, in
 // linear_sm90.cu, and the plan with scratch tiles has them from cuBLAS. (Arithmetic, not
 // measurements.)
 //
 // Few tokens. Of the eight columns of a product's right factor one token uses one, yet plain fma
 // would not be cheaper: a product of 16 x 8 weights and its load are 0.5 instructions a weight for
-// up to 8 tokens of both branches. With NT = 1 a weight costs 51 (Rademacher 27): 39 (15) the noise
-// and its two fma, 10 unpacking, packing and products, 2 copies and loops; NT = 4 spends 52 on the
+// up to 8 tokens of both branches. With NT = 1 a weight costs 48 (Rademacher 24): 39 (15) the noise
+// and its two fma, 7 unpacking, packing and products, 2 copies and loops; NT = 4 spends 49 on the
 // same tokens. By fma, linear_few.cu's loop has 52 at one token and 71 at eight in float32, and
 // here 4 more to round to 16 bits and to unpack again: 56 to 75. So 16-bit weights stay with mma at
-// any number of tokens: 1.2 (2.2) TB/s on an H200 by the same arithmetic, whatever the tokens.
+// any number of tokens: 1.3 (2.5) TB/s on an H200 by the same arithmetic, whatever the tokens.
 //
 // `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
 // update of the last step costs its noise and no pass over memory of its own.
@@ -213,10 +213,14 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
           ZK_UNROLL
           for (int i = 0; i < 4; ++i) acc[1][j][i] = acc[0][j][i];
         }
+        // Entered once without terms too: a loop that may be passed by costs copies of all
+        // registers.
+        int64_t k = 0;
         ZK_NO_UNROLL
-        for (int64_t k = 0; k < a.terms.count; ++k) {
-          const float c0 = a.coeffs[first * a.terms.count + k];
-          const float c1 = two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
+        do {
+          const bool any = k < a.terms.count;
+          const float c0 = any ? a.coeffs[first * a.terms.count + k] : 0.0f;
+          const float c1 = any && two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
           if (c0 == 0.0f && c1 == 0.0f) continue;
           const Draw<kind> draw(row_state(static_cast<uint64_t>(a.terms.seeds[k]), noise_row,
                                           a.place.param_id, Stream::direction),
@@ -231,7 +235,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
               acc[1][j][i] = fma32(c1, z[j], acc[1][j][i]);
             }
           }
-        }
+        } while (++k < a.terms.count);
         ZK_UNROLL
         for (int g = 0; g < 2; ++g) {
           ZK_UNROLL
