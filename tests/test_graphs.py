@@ -197,6 +197,16 @@ def test_losses_are_exchanged_before_the_recording(
     assert len(exchanged) == count + 1 and not torch.equal(net.linear.weight, before)
 
 
+@pytest.mark.filterwarnings("ignore::zokernels.StackingWarning")
+def test_a_model_that_cannot_be_stacked_is_refused(graphed: None) -> None:
+    net = nn.Sequential(Toy(), nn.BatchNorm1d(3)).train()
+    opt = zo.MeZO(net, lr=1e-2)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match="branches cannot be stacked"):
+        graphs.GraphedStep(opt, torch.randn(4, 4), lambda m, x: m(x).square().mean())
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
 def test_what_fails_while_a_graph_is_recorded_is_not_tried_in_another_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import deferred
 from zokernels.binding import Binding, BoundParameter
+from zokernels.branches import Branches
 from zokernels.optim import MeZO
 from zokernels.pending import PendingTerm, PendingUpdate
 
@@ -92,6 +93,9 @@ class GraphedStep:
             self._wait()
             losses = self.optimizer._evaluate(self._functions, self._inputs.seeds, None)
             losses = self.optimizer._reduce_losses(losses)
+        bound = self.optimizer._bound
+        if isinstance(bound, Binding) and not Branches(bound, [0], [[0.0]]).stacked:
+            raise ValueError("the model's branches cannot be stacked, as a graph holds them")
         self._update(torch.full_like(losses, torch.nan))
         self._wait()
 
