@@ -162,11 +162,8 @@ class Machine:
             loose = watch.write(cells.ravel(), thread.ravel(), changed.ravel())
         if loose.any():
             where = int(np.flatnonzero(loose)[0])
-            others = [
-                t.thread[cells.ravel()[where]] for t in (watch.writer, watch.reader, watch.far)
-            ]
             raise self.error(
-                f"a race: nothing orders this and an access of another thread (last by {others})",
+                "a race: nothing orders this and an access of another thread",
                 lanes[where // n : where // n + 1],
             )
 
