@@ -115,7 +115,7 @@ def cases(sizes: Sizes, device: str) -> list[OpCase]:
     """All cases, most wanted first."""
     make = _Maker(device)
     found = [*_updates(sizes, make), *_elementwise(sizes, make), *_products(sizes, make)]
-    found += [*_heads(sizes, make), *_sparse(sizes, make)]
+    found += [*_transposed(sizes, make), *_heads(sizes, make), *_sparse(sizes, make)]
     return sorted(found, key=lambda case: case.wanted)
 
 
@@ -236,6 +236,24 @@ def _products(sizes: Sizes, make: _Maker) -> Iterator[OpCase]:
                 flops=flops,
                 noise=2 * n,
                 wanted=1 if distribution == GAUSSIAN else 2,
+            )
+
+
+def _transposed(sizes: Sizes, make: _Maker) -> Iterator[OpCase]:
+    """Products with weights stored [in, out], as GPT-2 has them."""
+    for tokens in (sizes.few[-1], sizes.tokens[0]):
+        for rows, cols in sizes.products:
+            n = rows * cols
+            yield OpCase(
+                *("linear", "2 branches, [in, out]", "bf16", GAUSSIAN, f"{tokens}x{cols}x{rows}"),
+                lambda tokens=tokens, rows=rows, cols=cols: (
+                    *(make.activations(2, tokens, cols), make.weight((cols, rows), "bf16"), None),
+                    *(make.seeds(), make.branches(), 1, 0, 0, GAUSSIAN, False, True),
+                ),
+                moved=2 * (n + 2 * tokens * (rows + cols)),
+                flops=2 * 2 * tokens * n,
+                noise=n,
+                wanted=2,
             )
 
 
