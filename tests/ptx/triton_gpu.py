@@ -156,10 +156,14 @@ def backend(capability: int = 80) -> Iterator[dict[str, Callable[..., object]]]:
     finally:
         base.SERVED = served  # type: ignore[attr-defined]
         base._flags.pop(cpu, None)  # type: ignore[attr-defined]
+        # As if they had never been imported, which without a GPU they cannot be.
+        package = sys.modules["zokernels.triton"]
         for name, module in before.items():
             sys.modules.pop(name, None)
+            vars(package).pop(name.rsplit(".", 1)[1], None)
             if module is not None:
                 sys.modules[name] = module
+                setattr(package, name.rsplit(".", 1)[1], module)
 
 
 @contextlib.contextmanager
