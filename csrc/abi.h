@@ -3,6 +3,6 @@
 
 namespace zk {
 
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 }  // namespace zk

@@ -14,7 +14,7 @@ import torch
 from zokernels.noise import CONTRACT_VERSION
 
 # Raised together with the one compiled into the libraries when an op's native signature changes.
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _REBUILD = "install zokernels again in this environment (pip install .)"
 

@@ -70,7 +70,7 @@ struct DisplaceArgs {
   int64_t out_rows = 0, out_row_stride = 0, out_branch_stride = 0;
   const void* ids = nullptr;  // null: row = r
   bool wide_ids = true;
-  bool own_ids = false;     // [branches, out_rows] instead of [out_rows]
+  bool own_ids = false;  // [branches, out_rows] instead of [out_rows]
   // [2], may lie in pinned host memory: an id outside of w leaves itself and w's rows there, and
   // its row is NaN.
   int64_t* flag = nullptr;
