@@ -16,8 +16,8 @@ from zokernels.triton.launch import cdiv
 
 # Rows of a tile of displace, update_ and project.
 TILE_ROWS = 8
-# Tables of the tensors used last.
-_KEPT = 64
+# Tables of the tensors used last: a pending update that no product makes has one for each weight.
+_KEPT = 1024
 
 
 @dataclass(frozen=True)
