@@ -106,7 +106,12 @@ class Native:
         self.flags = Flags()
         self.wgmma = Wgmma(ops, stream=stream, multiprocessors=multiprocessors, limit=wgmma_tokens)
         self._sparse = Sparse(
-            ops, values=self._vectors, table=self._table, stream=stream, capturing=capturing
+            ops,
+            values=self._vectors,
+            embedding=self.embedding,
+            table=self._table,
+            stream=stream,
+            capturing=capturing,
         )
 
     def sample(

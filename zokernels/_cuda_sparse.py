@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zokernels._native import DISTRIBUTION, ByList, check_index, plain_product, put_back
@@ -31,6 +30,7 @@ class Sparse:
         ops: Any,
         *,
         values: Callable[..., Tensor],
+        embedding: Callable[..., Tensor],
         table: Callable[[int, torch.device], Tensor],
         stream: Callable[[torch.device], int],
         capturing: Callable[[], bool],
@@ -39,6 +39,7 @@ class Sparse:
         self._correct = ops.sparse_correct_.default
         self._rows = ops.sparse_rows_.default
         self._values = values
+        self._embedding = embedding
         self._table = table
         self._stream = stream
         self._capturing = capturing
@@ -203,13 +204,11 @@ class Sparse:
         distribution: str,
         shared: bool,
     ) -> Tensor:
-        if not self._capturing():
-            check_index("ids", ids, w.shape[0])
         branches, cols = coeffs.shape[0], w.shape[1]
         values = self._displaced(w, indices, shadow, seeds, coeffs, param_id, offset, distribution)
-        rows = F.embedding(ids, w.detach())
-        if shared:
-            rows = rows.expand(branches, *rows.shape).clone(memory_format=torch.contiguous_format)
+        rows = self._embedding(
+            ids, w, seeds[:0], coeffs[:, :0], param_id, 0, 0, distribution, shared
+        )
         if rows.numel():
             self._rows(
                 rows.view(branches, -1, cols),
