@@ -3,7 +3,8 @@
 torch's ``FakeTensorMode`` runs every op as on a device, but for the numbers. What it refuses is
 what a device would refuse or wait for: operands on different devices, and reading a value
 (``.item()``, ``if tensor``, ``nonzero``). So a step that passes here mixes no devices and has no
-host synchronisation in it, the model's own code included.
+host synchronisation in it. transformers takes the way here that it takes while a CUDA graph is
+recorded; else it reads its causal mask once.
 """
 
 from __future__ import annotations
