@@ -33,7 +33,7 @@ class Late(Flags):
 @pytest.fixture
 def ops() -> Native:
     found = cuda_emulated.native()
-    found.flags = Late()
+    found.flags = Late("ids or targets")
     return found
 
 
@@ -82,7 +82,7 @@ def test_a_table_without_rows(ops: Native) -> None:
 
 
 def test_flags_are_a_devices_own() -> None:
-    flags, cpu = Flags(), torch.device("cpu")
+    flags, cpu = Flags("ids"), torch.device("cpu")
     flags.look(cpu)  # nothing was found yet
     with torch.inference_mode():
         found = flags.of(cpu)
@@ -103,7 +103,7 @@ class Unread(Flags):
     def of(self, device: torch.device) -> Tensor:
         return torch.empty(2, dtype=torch.int64)
 
-    def look(self, device: torch.device, what: str = "") -> None:
+    def look(self, device: torch.device, what: str | None = None) -> None:
         assert device.type == "cuda"
 
 
@@ -131,7 +131,7 @@ def native_calls() -> tuple[Native, list[str]]:
         multiprocessors=lambda device: 132,
         capturing=lambda: False,
     )
-    ops.flags = Unread()
+    ops.flags = Unread("ids")
     return ops, calls
 
 

@@ -277,14 +277,14 @@ def test_many_tensors_go_in_one_launch_a_dtype_and_layout(monkeypatch: pytest.Mo
 def test_tables_of_a_graph_are_made_before_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     p = rand(2, 16)
     args = (torch.tensor([1]), torch.tensor([0.1]), None, None, [PID], [], [], "rademacher")
-    monkeypatch.setattr(tables, "capturing", lambda device: True)
+    monkeypatch.setattr(tables, "recording", lambda device: True)
     before = p.clone()
     with pytest.raises(RuntimeError, match="once with the same tensors before capturing"):
         backend.update_([p], *args, "nearest")
     assert torch.equal(p, before)
-    monkeypatch.setattr(tables, "capturing", lambda device: False)
+    monkeypatch.setattr(tables, "recording", lambda device: False)
     backend.update_([p], *args, "nearest")
-    monkeypatch.setattr(tables, "capturing", lambda device: True)
+    monkeypatch.setattr(tables, "recording", lambda device: True)
     backend.update_([p], *args, "nearest")
     kept = tables._captured[-1]
     tables._groups.clear()

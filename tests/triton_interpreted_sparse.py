@@ -109,7 +109,7 @@ def test_a_layout_is_made_once_and_goes_with_its_list(monkeypatch: pytest.Monkey
         indices = masked(w, 30)[0]
         for _ in range(2):
             product(x, w, None, indices, shadow, False, False)
-    monkeypatch.setattr(sparse_ops, "capturing", lambda device: True)
+    monkeypatch.setattr(sparse_ops, "recording", lambda device: True)
     product(x, w, None, masked(w, 30)[0], shadow, False, False)
     assert len(made) == 7 and len(sparse_ops._layouts) == before
 
@@ -156,7 +156,7 @@ def test_many_parameters_go_in_one_launch_a_dtype_and_layout(
     known = len(tables._groups)
     sparse_ops.sparse_update_(params, indices, shadows, *args)
     assert len(calls) == 6 and len(tables._groups) == known  # the same tables again
-    monkeypatch.setattr(tables, "capturing", lambda device: True)
+    monkeypatch.setattr(tables, "recording", lambda device: True)
     with pytest.raises(RuntimeError, match="once with the same tensors before capturing"):
         sparse_ops.sparse_update_(params[:2], indices[:2], shadows[:2], *args[:3], [0, 1], args[4])
     sparse_ops.sparse_update_(params, indices, shadows, *args)

@@ -103,7 +103,7 @@ class Native:
         self._table_bytes = ops.table_bytes.default
         self._stream = stream
         self._multiprocessors = multiprocessors
-        self.flags = Flags()
+        self.flags = Flags("ids or targets")
         self.wgmma = Wgmma(ops, stream=stream, multiprocessors=multiprocessors, limit=wgmma_tokens)
         self._sparse = Sparse(
             ops,

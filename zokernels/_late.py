@@ -15,9 +15,14 @@ _NOTHING = -(1 << 62)  # no index has this value
 
 
 class Flags:
-    """Of every device, where its kernels leave a bad index and its limit."""
+    """Of every device, where its kernels leave a bad index and its limit.
 
-    def __init__(self) -> None:
+    Args:
+        what: the indices, for messages.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._of: dict[torch.device, Tensor] = {}
 
     def of(self, device: torch.device) -> Tensor:
@@ -28,7 +33,7 @@ class Flags:
             self._of[device] = found = found if device.type == "cpu" else found.pin_memory()
         return found
 
-    def look(self, device: torch.device, what: str = "ids or targets") -> None:
+    def look(self, device: torch.device, what: str | None = None) -> None:
         """Raise what an earlier call left, without waiting for the device.
 
         Raises:
@@ -41,7 +46,7 @@ class Flags:
         if value != _NOTHING:
             found.numpy()[0] = _NOTHING  # it may be an inference tensor
             late = "" if device.type == "cpu" else " (of an earlier call: kernels run late)"
-            raise IndexError(f"{what} must be in [0, {limit}); got {value}{late}")
+            raise IndexError(f"{what or self._what} must be in [0, {limit}); got {value}{late}")
 
     def wait(self, device: torch.device) -> None:
         """Wait for a device and raise what its kernels left.

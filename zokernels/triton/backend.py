@@ -29,12 +29,11 @@ from zokernels.triton import sparse_ops
 from zokernels.triton import update as _update
 from zokernels.triton.devices import OLDEST, Architecture, of_device, tf32_allowed
 from zokernels.triton.launch import (
+    FLAGS,
     SERVED,
     cdiv,
     device_guard,
-    flag,
     launch,
-    look,
     raise_errors,
     reachable,
     signed32,
@@ -146,7 +145,7 @@ def _rows_of(
             w if ids is None else ids,
             seeds,
             coeffs.contiguous(),
-            flag(w.device),
+            FLAGS.of(w.device),
             count,
             w.shape[0],
             cols,
@@ -215,7 +214,7 @@ def embedding(
 ) -> Tensor:
     reachable(w)
     if not INTERPRETED:
-        look(w.device)
+        FLAGS.look(w.device)
     lead = ids.shape if shared else ids.shape[1:]
     out = w.new_empty((coeffs.shape[0], lead.numel(), w.shape[1]))
     place = (param_id, row_offset, col_offset)
@@ -224,7 +223,7 @@ def embedding(
         raise IndexError("ids must be in [0, 0): the table has no rows")
     _rows_of(out, w, flat, shared, seeds, coeffs, *place, distribution, "nearest")
     if INTERPRETED:
-        look(w.device, "ids")
+        FLAGS.look(w.device, "ids")
     return out.view(coeffs.shape[0], *lead, w.shape[1])
 
 
@@ -683,7 +682,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     reachable(w)
     if not INTERPRETED:
-        look(w.device)
+        FLAGS.look(w.device)
     branches, (vocab, hidden), tokens = coeffs.shape[0], w.shape, targets.numel()
     losses = torch.zeros((branches, tokens), dtype=torch.float32, device=w.device)
     if losses.numel():
@@ -714,12 +713,12 @@ def linear_cross_entropy(
             launch(
                 _loss.join_kernel,
                 (cdiv(losses.numel(), 128),),
-                *(losses, statistics[0], targets, flag(w.device), statistics[0].shape[1]),
+                *(losses, statistics[0], targets, FLAGS.of(w.device), statistics[0].shape[1]),
                 *(losses.numel(), tokens, vocab, ignore_index),
                 BLOCK=128,
             )
     if INTERPRETED:
-        look(w.device, "targets")
+        FLAGS.look(w.device, "targets")
     return losses.sum(-1) / (targets != ignore_index).sum()
 
 

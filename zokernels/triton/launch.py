@@ -1,9 +1,7 @@
 """Launching kernels, and errors that a kernel finds in its data.
 
-A kernel cannot raise. An index outside its table makes it write NaN (never another row's numbers)
-and leave the value in pinned host memory, which the host reads, without waiting for the device, at
-the next op; :func:`raise_errors` waits. So an ``IndexError`` comes late, as CUDA's own errors do,
-but it comes, and no step has to synchronise for it.
+A kernel cannot raise: an index outside its table makes it write NaN (never another row's numbers),
+and an ``IndexError`` comes with a later op (:mod:`zokernels._late`); :func:`raise_errors` waits.
 """
 
 from __future__ import annotations
@@ -15,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokernels._late import Flags
 from zokernels.triton.devices import of_device
 from zokernels.triton.noise import INTERPRETED
 from zokernels.triton.plan import MOST_PROGRAMS
 
 SERVED = ("cpu",) if INTERPRETED else ("cuda",)
 
-_NOTHING = -(1 << 62)  # of a flag: no error; no index has this value
-_flags: dict[torch.device, Tensor] = {}
+# Where kernels leave a bad index, of every device.
+FLAGS = Flags("ids, targets and indices")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -54,31 +53,6 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def flag(device: torch.device) -> Tensor:
-    """int64 ``[2]`` that kernels leave a bad index and its limit in."""
-    found = _flags.get(device)
-    if found is None:
-        found = torch.tensor([_NOTHING, 0])
-        _flags[device] = found = found if INTERPRETED else found.pin_memory()
-    return found
-
-
-def look(device: torch.device, what: str = "ids, targets and indices") -> None:
-    """Raise what an earlier call left; the interpreter's calls are over when they return.
-
-    Raises:
-        IndexError: an index was outside its range. The results of that call are NaN there.
-    """
-    found = _flags.get(device)
-    if found is None:
-        return
-    value, limit = found.numpy().tolist()
-    if value != _NOTHING:
-        found.numpy()[0] = _NOTHING
-        late = "" if INTERPRETED else " (of an earlier call: kernels run asynchronously)"
-        raise IndexError(f"{what} must be in [0, {limit}); got {value}{late}")
-
-
 @contextlib.contextmanager
 def indexed(tensor: Tensor) -> Iterator[None]:
     """Launches, on the tensor's device, of kernels that may find a bad index.
@@ -87,11 +61,11 @@ def indexed(tensor: Tensor) -> Iterator[None]:
         IndexError: an earlier call found one (in the interpreter: one of these launches).
     """
     if not INTERPRETED:
-        look(tensor.device)
+        FLAGS.look(tensor.device)
     with device_guard(tensor):
         yield
     if INTERPRETED:
-        look(tensor.device)
+        FLAGS.look(tensor.device)
 
 
 def raise_errors(device: torch.device | str) -> None:
@@ -100,12 +74,7 @@ def raise_errors(device: torch.device | str) -> None:
     Raises:
         IndexError: an id, a target or an index of an earlier call was out of range.
     """
-    where = torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-        if where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())
-    look(where)
+    FLAGS.wait(torch.device(device))
 
 
 def signed32(value: int) -> int:

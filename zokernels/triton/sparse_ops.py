@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from zokernels._native import ByList, plain_product, put_back
+from zokernels.deferred import recording
 from zokernels.noise import matrix_shape
 from zokernels.triton import sparse as _sparse
-from zokernels.triton.launch import cdiv, flag, indexed, launch, reachable, signed32
+from zokernels.triton.launch import FLAGS, cdiv, indexed, launch, reachable, signed32
 from zokernels.triton.noise import INTERPRETED
 from zokernels.triton.plan import MOST_PROGRAMS
-from zokernels.triton.tables import Group, capturing, group, kept
+from zokernels.triton.tables import Group, group, kept
 
 # Groups of 256 elements of a tile. The interpreter pays for operations, not for their size.
 _ROWS = 16 if INTERPRETED else 4
@@ -57,7 +58,7 @@ def _layout(indices: Tensor, shape: torch.Size, transposed: bool) -> _Layout:
         indices,
         (shape, transposed),
         lambda: _laid_out(indices, shape, transposed),
-        keep=not capturing(indices.device),
+        keep=not recording(indices.device),
     )
 
 
@@ -108,7 +109,7 @@ def _displaced(
             (cdiv(skip + count, 256 * _ROWS), branches),
             *(out, matrix, indices.contiguous(), shadow.contiguous()),
             *(indices if rank is None else rank, seeds.contiguous(), coeffs.contiguous()),
-            *(flag(w.device), count, matrix.numel(), matrix.shape[1], *matrix.stride()),
+            *(FLAGS.of(w.device), count, matrix.numel(), matrix.shape[1], *matrix.stride()),
             *(offset // 256, skip, signed32(param_id), terms),
             ROWS=_ROWS,
             FLAT=matrix.is_contiguous(),
@@ -190,7 +191,7 @@ def sparse_update_(
                 _sparse.sparse_update_kernel,
                 (some.tiles,),
                 *(some.table, some.owners, some.like, seeds.contiguous(), coeffs.contiguous()),
-                *(coeffs if decay is None else decay.contiguous(), flag(seeds.device)),
+                *(coeffs if decay is None else decay.contiguous(), FLAGS.of(seeds.device)),
                 seeds.numel(),
                 ROWS=_ROWS,
                 FLAT=some.dense,
@@ -312,7 +313,7 @@ def sparse_embedding(
                 _sparse.rows_kernel,
                 (tokens, branches),
                 *(out, w, ids.contiguous(), indices.contiguous(), values),
-                *(_layout(indices, w.shape, False).starts, flag(w.device), count, tokens),
+                *(_layout(indices, w.shape, False).starts, FLAGS.of(w.device), count, tokens),
                 *(*w.shape, 0 if shared else tokens, *w.stride()),
                 BLOCK=1024,
                 PATCH=128,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zokernels.deferred import recording
 from zokernels.triton.launch import cdiv
 
 # Rows of a tile of displace, update_ and project.
@@ -60,11 +61,6 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether launches go into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 _groups: dict[Hashable, list[Group]] = {}
 # Tables that CUDA graphs read: they must outlive every replay.
 _captured: list[list[Group]] = []
@@ -77,7 +73,7 @@ def kept(key: Hashable, device: torch.device, make: Callable[[], list[Group]]) -
         RuntimeError: they would have to be copied to the device in a CUDA graph.
     """
     found = _groups.get(key)
-    graph = capturing(device)
+    graph = recording(device)
     if found is None and graph:
         raise RuntimeError(
             "update_, sparse_update_, project and displace_vectors copy a table of their tensors "
