@@ -101,7 +101,7 @@ class Case:
         assert ops.wgmma.takes(x, w, self.tokens)
         if wgmma:
             return ops.wgmma.linear(x, w, b, seeds, coeffs, *place, self.shared).cpu()
-        return ops._fused(x, w, b, seeds, coeffs, *place, self.shared, None).cpu()
+        return ops._fused(x, w, b, seeds, coeffs, *place, self.shared, False, None).cpu()
 
     def check(self) -> None:
         x, w, b, rest = self.inputs()

@@ -669,12 +669,12 @@ def test_what_the_fused_product_leaves_to_tiles() -> None:
         assert not ops.takes_fused(x_, w_, tokens, offset, True)
     rest = (seeds_of(1), table(2, 1), PID, 0, 255, "gaussian", False)
     with pytest.raises(RuntimeError, match="does not take"):
-        ops._fused(x, w, None, *rest, None)
+        ops._fused(x, w, None, *rest, False, None)
     with pytest.raises(RuntimeError, match="does not take"):
-        ops._fused_transposed(x, turned, None, *rest)
+        ops._fused(x, turned, None, *rest, True, None)
     rest = (*rest[:4], 0, *rest[5:])
     with pytest.raises(RuntimeError, match="does not take"):
-        ops._fused_transposed(x[..., :60].contiguous(), turned[:60], None, *rest)
+        ops._fused(x[..., :60].contiguous(), turned[:60], None, *rest, True, None)
 
 
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)

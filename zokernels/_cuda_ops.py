@@ -365,10 +365,7 @@ class Native:
             return y if bias is None else y + bias.to(w.dtype).view(branches, *[1] * len(lead), -1)
         call = (x, w, tokens, col_offset, transposed)
         if self.takes_fused(*call) or self.takes_few(*call):
-            if transposed:
-                y = self._fused_transposed(x, w, bias, seeds, coeffs, *place, shared)
-            else:
-                y = self._fused(x, w, bias, seeds, coeffs, *place, shared, None)
+            y = self._fused(x, w, bias, seeds, coeffs, *place, shared, transposed, None)
         elif (
             not transposed
             and self.takes_fused(x, w, 1, col_offset, False)
@@ -391,72 +388,28 @@ class Native:
         col_offset: int,
         distribution: str,
         shared: bool,
+        transposed: bool,
         pending: tuple[Tensor, Tensor, Tensor | None, str] | None,
     ) -> Tensor:
         branches, tokens, processors = coeffs.shape[0], x.shape[1], self._multiprocessors(w.device)
-        y = torch.empty((branches, tokens, w.shape[0]), dtype=w.dtype, device=w.device)
-        wide = w.dtype == torch.float32
-        parts = self._linear_parts(*w.shape, tokens, branches, not wide, processors)
+        outputs, wide = w.shape[1 if transposed else 0], w.dtype == torch.float32
+        y = torch.empty((branches, tokens, outputs), dtype=w.dtype, device=w.device)
+        parts_of = self._linear_transposed_parts if transposed else self._linear_parts
+        parts = parts_of(*w.shape, tokens, branches, not wide, processors)
         partial = None
         if parts > 1:
             partial = torch.empty((parts, *y.shape), dtype=torch.float32, device=w.device)
-        last = (None, None, None) if pending is None else pending[:3]
-        self._linear(
-            y,
-            x,
-            w,
-            None if bias is None else bias.contiguous(),
-            seeds.contiguous(),
-            coeffs.contiguous(),
-            partial,
-            *[None if t is None else t.contiguous() for t in last],
-            pending is not None and pending[3] == "stochastic",
-            param_id,
-            row_offset,
-            col_offset,
-            DISTRIBUTION[distribution],
-            shared,
-            processors,
-            self._stream(w.device),
-        )
-        return y
-
-    def _fused_transposed(
-        self,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        seeds: Tensor,
-        coeffs: Tensor,
-        param_id: int,
-        row_offset: int,
-        col_offset: int,
-        distribution: str,
-        shared: bool,
-    ) -> Tensor:
-        branches, tokens, processors = coeffs.shape[0], x.shape[1], self._multiprocessors(w.device)
-        y = torch.empty((branches, tokens, w.shape[1]), dtype=w.dtype, device=w.device)
-        wide = w.dtype == torch.float32
-        parts = self._linear_transposed_parts(*w.shape, tokens, branches, not wide, processors)
-        partial = None
-        if parts > 1:
-            partial = torch.empty((parts, *y.shape), dtype=torch.float32, device=w.device)
-        self._linear_transposed(
-            y,
-            x,
-            w,
-            None if bias is None else bias.contiguous(),
-            seeds.contiguous(),
-            coeffs.contiguous(),
-            partial,
-            param_id,
-            row_offset,
-            col_offset,
-            DISTRIBUTION[distribution],
-            shared,
-            processors,
-            self._stream(w.device),
-        )
+        bias = None if bias is None else bias.contiguous()
+        operands = (y, x, w, bias, seeds.contiguous(), coeffs.contiguous(), partial)
+        place = (param_id, row_offset, col_offset, DISTRIBUTION[distribution], shared)
+        machine = (processors, self._stream(w.device))
+        if transposed:
+            self._linear_transposed(*operands, *place, *machine)
+        else:
+            last = (None, None, None) if pending is None else pending[:3]
+            terms = [None if t is None else t.contiguous() for t in last]
+            stochastic = pending is not None and pending[3] == "stochastic"
+            self._linear(*operands, *terms, stochastic, *place, *machine)
         return y
 
     def _tiles(
@@ -530,6 +483,7 @@ class Native:
                 col_offset,
                 distribution,
                 shared,
+                False,
                 (pending_seeds, pending_coeffs, pending_decay, rounding),
             )
             written([w])
