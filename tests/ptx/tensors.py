@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ptx.memory import Ranges
 
@@ -34,7 +35,7 @@ def living() -> Ranges:
     before are frozen, and their tensors remembered.
     """
     objects = gc.get_objects()
-    new = [o for o in objects if issubclass(type(o), Tensor)]
+    new = [o for o in objects if type(o) in (Tensor, Parameter)]  # others may have no memory
     if len(objects) > _MANY:
         _old.extend(map(weakref.ref, new))
         gc.freeze()

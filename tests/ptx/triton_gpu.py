@@ -139,7 +139,6 @@ def backend(capability: int = 80) -> Iterator[dict[str, Callable[..., object]]]:
     cpu = torch.device("cpu")
     with _a_gpu(capability):
         kernels = dict(importlib.import_module(modules[0]).KERNELS)
-    base._flags[cpu] = torch.tensor([base._NOTHING, 0])  # type: ignore[attr-defined]
 
     def checked(kernel: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(kernel)
@@ -155,7 +154,6 @@ def backend(capability: int = 80) -> Iterator[dict[str, Callable[..., object]]]:
             yield {name: checked(kernel) for name, kernel in kernels.items()}
     finally:
         base.SERVED = served  # type: ignore[attr-defined]
-        base._flags.pop(cpu, None)  # type: ignore[attr-defined]
         # As if they had never been imported, which without a GPU they cannot be.
         package = sys.modules["zokernels.triton"]
         for name, module in before.items():
