@@ -38,6 +38,7 @@ FIRST = [
     "sample",
     "displace-bf16-gaussian",
     "update-bf16-gaussian",
+    "update-fp16-gaussian",
     "vectors",
     "project",
     "project-sum",

@@ -217,8 +217,9 @@ def variants() -> list[Variant]:
             flags = {"GATHER": 0, "GAUSSIAN": gaussian, "STOCHASTIC": False}
             one = {"ROWS": 8, "BRANCHES": 0, **flags}
             found.append(Variant(f"displace-{name}", displace.displace_kernel, one, data))
+            rows = 4 if kind == "fp16" else 8
             constants = {
-                "ROWS": 8,
+                "ROWS": rows,
                 "GAUSSIAN": gaussian,
                 "STOCHASTIC": True,
                 "DECAY": False,
@@ -227,7 +228,7 @@ def variants() -> list[Variant]:
             }
             found.append(
                 Variant(
-                    f"update-{name}", update.update_kernel, constants, data, 8 if gaussian else 4
+                    f"update-{name}", update.update_kernel, constants, data, rows if gaussian else 4
                 )
             )
     data = {"w": "*bf16", "out": "*bf16", "like": "*bf16", "partial": "*fp64"}

@@ -254,9 +254,13 @@ def update_(
             matrix = p.detach().reshape(shape)
             copies.append((p, matrix))
         matrices.append(matrix)
+    gaussian = distribution == "gaussian"
+    # Smaller tiles for float16: with larger ones Triton 3.9 puts a mask on the stack on sm_100.
+    half = gaussian and any(m.dtype == torch.float16 for m in matrices)
+    rows = TILE_ROWS // 2 if half else TILE_ROWS
     # A copy has another address each time: its table is not worth keeping.
     with device_guard(params[0]):
-        for group in grouped(matrices, param_ids, row_offsets, col_offsets):
+        for group in grouped(matrices, param_ids, row_offsets, col_offsets, tile_rows=rows):
             launch(
                 _update.update_kernel,
                 (group.tiles,),
@@ -268,13 +272,13 @@ def update_(
                 coeffs if decay is None else decay.contiguous(),
                 seeds if ends is None else ends.contiguous().view(torch.int8),
                 seeds.numel(),
-                ROWS=TILE_ROWS,
-                GAUSSIAN=distribution == "gaussian",
+                ROWS=rows,
+                GAUSSIAN=gaussian,
                 STOCHASTIC=rounding == "stochastic",
                 DECAY=decay is not None,
                 ENDS=ends is not None,
                 DENSE=group.dense,
-                warps=8 if distribution == "gaussian" else 4,
+                warps=rows if gaussian else 4,
             )
     with torch.no_grad():
         for p, matrix in copies:
