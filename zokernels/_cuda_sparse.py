@@ -20,6 +20,7 @@ class Sparse:
     Args:
         ops: the namespace with the native functions.
         values: ``Native._vectors``, many displaced vectors in one launch.
+        embedding: ``Native.embedding``, for rows without terms.
         table: scratch for a table of so many tensors on a device.
         stream: the raw stream to launch on, for a device.
         capturing: whether a CUDA graph is being recorded.
