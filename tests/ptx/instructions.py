@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ptx import numeric
-from ptx.machine import SHARED_WINDOW, Compiler, Machine, Read, Step
+from ptx.machine import PARAMETER_WINDOW, SHARED_WINDOW, Compiler, Machine, Read, Step
 from ptx.parser import SIZES, Instruction, PTXError, split
 
 Array = Any
@@ -189,7 +189,7 @@ def _special(name: str, axis: int, dtype: Any) -> Read:
 TABLE: dict[str, Callable[[Parts], Step]] = {}
 
 
-def _meaning(*names: str) -> Callable[[Callable[[Parts], Step]], Callable[[Parts], Step]]:
+def meaning(*names: str) -> Callable[[Callable[[Parts], Step]], Callable[[Parts], Step]]:
     def register(f: Callable[[Parts], Step]) -> Callable[[Parts], Step]:
         TABLE.update(dict.fromkeys(names, f))
         return f
@@ -206,9 +206,10 @@ def compile_instruction(
         PTXError: an opcode, modifier or operand is unknown.
     """
     parts = Parts(compiler, instruction, block)
-    if parts.name not in TABLE:
+    known = [name for name in TABLE if f"{instruction.opcode}.".startswith(f"{name}.")]
+    if not known:
         raise PTXError(f"unknown opcode {parts.name!r}")
-    step = TABLE[parts.name](parts)
+    step = TABLE[max(known, key=len)](parts)
     if parts.modifiers:
         raise PTXError(f"unknown modifiers {parts.modifiers}")
     if instruction.guard is None:
@@ -250,7 +251,7 @@ def _input(kind: str, p: Parts) -> Callable[[Array], Array]:
     return numeric.flush if kind == "f32" and "ftz" in p.modifiers else (lambda x: x)
 
 
-@_meaning("add", "sub", "mul")
+@meaning("add", "sub", "mul")
 def _arithmetic(p: Parts) -> Step:
     kind = p.kind()
     operation = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[p.name]
@@ -302,7 +303,7 @@ def _product(p: Parts, kind: str) -> Step:
     return _pure(p, _wide(kind), [kind] * 2, lambda a, b: a.astype(wide) * b.astype(wide))
 
 
-@_meaning("mad")
+@meaning("mad")
 def _mad(p: Parts) -> Step:
     kind = p.kind()
     part = p.need("lo", "hi", "wide")
@@ -321,7 +322,7 @@ def _mad(p: Parts) -> Step:
     )
 
 
-@_meaning("fma")
+@meaning("fma")
 def _fma(p: Parts) -> Step:
     kind = p.kind()
     p.need("rn")
@@ -340,7 +341,7 @@ def _divided(a: Array, b: Array) -> Array:
     return np.where((a < 0) != (b < 0), np.negative(quotient.view(a.dtype)), quotient.view(a.dtype))
 
 
-@_meaning("div", "rem")
+@meaning("div", "rem")
 def _div(p: Parts) -> Step:
     kind = p.kind()
     if kind == "f32" and p.take("full", "approx"):
@@ -357,7 +358,7 @@ def _div(p: Parts) -> Step:
     return _pure(p, kind, [kind] * 2, lambda a, b: a - _divided(np.asarray(a), np.asarray(b)) * b)
 
 
-@_meaning("lg2", "ex2", "rsqrt", "rcp", "sqrt")
+@meaning("lg2", "ex2", "rsqrt", "rcp", "sqrt")
 def _approximation(p: Parts) -> Step:
     kind = p.kind()
     into = _input(kind, p)
@@ -375,7 +376,7 @@ def _approximation(p: Parts) -> Step:
     return _pure(p, kind, [kind], lambda a: out(f(into(a))))
 
 
-@_meaning("neg", "abs")
+@meaning("neg", "abs")
 def _sign(p: Parts) -> Step:
     kind = p.kind()
     f = {"neg": np.negative, "abs": np.abs}[p.name]
@@ -386,7 +387,7 @@ def _sign(p: Parts) -> Step:
     return _pure(p, kind, [kind], f)
 
 
-@_meaning("min", "max")
+@meaning("min", "max")
 def _extreme(p: Parts) -> Step:
     kind, most = p.kind(), p.name == "max"
     if not _is_float(kind):
@@ -410,20 +411,20 @@ def _extreme(p: Parts) -> Step:
 # --- bits -----------------------------------------------------------------------------------------
 
 
-@_meaning("and", "or", "xor")
+@meaning("and", "or", "xor")
 def _logic(p: Parts) -> Step:
     kind = p.kind()
     f = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[p.name]
     return _pure(p, kind, [kind] * 2, f)
 
 
-@_meaning("not")
+@meaning("not")
 def _not(p: Parts) -> Step:
     kind = p.kind()
     return _pure(p, kind, [kind], np.invert)
 
 
-@_meaning("shl", "shr")
+@meaning("shl", "shr")
 def _shift(p: Parts) -> Step:
     """Amounts are 32 bits and stop at the width."""
     kind = p.kind()
@@ -438,7 +439,7 @@ def _shift(p: Parts) -> Step:
     return _pure(p, kind, [kind, "u32"], f)
 
 
-@_meaning("shf")
+@meaning("shf")
 def _funnel(p: Parts) -> Step:
     kind, way, mode = p.kind(), p.need("l", "r"), p.need("wrap", "clamp")
 
@@ -453,7 +454,7 @@ def _funnel(p: Parts) -> Step:
     return _pure(p, kind, ["b32", "b32", "u32"], f)
 
 
-@_meaning("bfe")
+@meaning("bfe")
 def _extract(p: Parts) -> Step:
     kind = p.kind()
     if SIZES[kind] != 4:
@@ -475,7 +476,7 @@ def _extract(p: Parts) -> Step:
     return _pure(p, kind, [kind, "u32", "u32"], f)
 
 
-@_meaning("bfi")
+@meaning("bfi")
 def _insert(p: Parts) -> Step:
     p.kind()
 
@@ -488,7 +489,7 @@ def _insert(p: Parts) -> Step:
     return _pure(p, "b32", ["b32", "b32", "u32", "u32"], f)
 
 
-@_meaning("prmt")
+@meaning("prmt")
 def _permute(p: Parts) -> Step:
     """The default mode: each nibble of c chooses a byte of {b, a}, or spreads its sign."""
     p.kind()
@@ -510,7 +511,7 @@ def _permute(p: Parts) -> Step:
     return _pure(p, "b32", ["b32"] * 3, f)
 
 
-@_meaning("lop3")
+@meaning("lop3")
 def _lop3(p: Parts) -> Step:
     p.kind()
     *operands, table = p.operands
@@ -529,7 +530,7 @@ def _lop3(p: Parts) -> Step:
     return _pure(p, "b32", ["b32"] * 3, f)
 
 
-@_meaning("popc")
+@meaning("popc")
 def _popc(p: Parts) -> Step:
     kind = p.kind()
     return _pure(p, "u32", [kind], lambda a: np.bitwise_count(a).astype(np.uint32))
@@ -555,7 +556,7 @@ def _comparison(name: str, floating: bool) -> Callable[[Array, Array], Array]:
     return lambda a, b: _COMPARE[name[:-1]](a, b) | nan(a, b)
 
 
-@_meaning("setp")
+@meaning("setp")
 def _setp(p: Parts) -> Step:
     name = p.modifiers.pop(0)
     combine = p.take("and", "or", "xor")
@@ -586,7 +587,7 @@ def _setp(p: Parts) -> Step:
     return combined
 
 
-@_meaning("selp")
+@meaning("selp")
 def _selp(p: Parts) -> Step:
     kind = "b" + str(8 * SIZES[p.kind()])
     return _pure(p, kind, [kind, kind, "pred"], lambda a, b, c: np.where(c, a, b))
@@ -597,7 +598,7 @@ _NARROW = {"bf16": numeric.to_bf16, "f16": numeric.to_f16}
 _WIDEN = {"bf16": numeric.from_bf16, "f16": numeric.from_f16}
 
 
-@_meaning("cvt")
+@meaning("cvt")
 def _convert(p: Parts) -> Step:
     to, start = p.kind(), p.kind()
     rounding = p.take("rn", "rna", *_TO_INTEGER)
@@ -654,7 +655,7 @@ def _conversion(
     raise PTXError(f"no conversion from {start} to {to} by {rounding}")
 
 
-@_meaning("mov")
+@meaning("mov")
 def _mov(p: Parts) -> Step:
     kind = p.kind()
     to, start = p.operands
@@ -695,11 +696,11 @@ def _unpack(p: Parts, kind: str, parts: list[str], start: str) -> Step:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@_meaning("cvta")
+@meaning("cvta")
 def _cvta(p: Parts) -> Step:
     kind, to = p.kind(), p.take("to")
-    space = p.need("global", "shared")
-    window = np.uint64(SHARED_WINDOW if space == "shared" else 0)
+    space = p.need("global", "shared", "param")
+    window = np.uint64({"global": 0, "shared": SHARED_WINDOW, "param": PARAMETER_WINDOW}[space])
     return _pure(p, kind, [kind], lambda a: a - window if to else a + window)
 
 
@@ -728,7 +729,7 @@ def _by_space(
     return [(kind, which) for kind, which in ((True, shared), (False, ~shared)) if which.any()]
 
 
-@_meaning("ld")
+@meaning("ld")
 def _load(p: Parts) -> Step:
     _hints(p)
     space = p.take("global", "shared", "param")
@@ -773,7 +774,7 @@ def _load_parameter(p: Parts, kind: str, names: list[str], address: Read) -> Ste
     return step
 
 
-@_meaning("st")
+@meaning("st")
 def _store(p: Parts) -> Step:
     _hints(p)
     space = p.take("global", "shared")
@@ -795,7 +796,7 @@ def _store(p: Parts) -> Step:
     return step
 
 
-@_meaning("cp")
+@meaning("cp")
 def _copy(p: Parts) -> Step:
     p.need("async")
     if p.take("commit_group"):
@@ -827,7 +828,7 @@ def _copy(p: Parts) -> Step:
 # --- control --------------------------------------------------------------------------------------
 
 
-@_meaning("bra")
+@meaning("bra")
 def _branch(p: Parts) -> Step:
     p.take("uni")
     targets, (label,) = p.compiler.kernel.targets, p.operands
@@ -841,22 +842,27 @@ def _branch(p: Parts) -> Step:
     return step  # type: ignore[return-value]
 
 
-@_meaning("ret", "exit")
+@meaning("ret", "exit")
 def _end(p: Parts) -> Step:
     return lambda m: False  # type: ignore[return-value]
 
 
-@_meaning("bar")
+@meaning("bar")
 def _barrier(p: Parts) -> Step:
     if p.take("warp"):
         p.need("sync")
         members = p.source(p.operands[0], "b32")
+        behind = p.block + 1
 
-        def meet(m: Machine) -> None:
+        def meet(m: Machine) -> bool | None:
+            if m.order:  # some may wait elsewhere
+                m.wait_for_warp(behind, m.spread(members(m)))
+                return False
             _members(m, members)
             m.clock.warp[np.unique(m.clock.place(m.number[m.active()])[1])] += 1
+            return None
 
-        return meet
+        return meet  # type: ignore[return-value]
     p.need("sync")
     if p.operands != ("0",):
         raise PTXError(f"only barrier 0 of all threads is known; got {p.operands}")
@@ -895,7 +901,7 @@ def _members(m: Machine, members: Read) -> tuple[Array, Array]:
     return lanes, asked
 
 
-@_meaning("shfl")
+@meaning("shfl")
 def _shuffle(p: Parts) -> Step:
     p.need("sync")
     mode = p.need("up", "down", "bfly", "idx")
@@ -936,7 +942,7 @@ def _shuffle(p: Parts) -> Step:
     return step
 
 
-@_meaning("vote")
+@meaning("vote")
 def _vote(p: Parts) -> Step:
     p.need("sync")
     p.need("ballot")
@@ -954,7 +960,7 @@ def _vote(p: Parts) -> Step:
     return step
 
 
-@_meaning("redux")
+@meaning("redux")
 def _reduce(p: Parts) -> Step:
     p.need("sync")
     name, kind = p.need("add", "min", "max", "and", "or", "xor"), p.kind()
@@ -974,7 +980,7 @@ def _reduce(p: Parts) -> Step:
     return step
 
 
-@_meaning("ldmatrix")
+@meaning("ldmatrix")
 def _ldmatrix(p: Parts) -> Step:
     for name in ("sync", "aligned", "m8n8", "shared", "b16"):
         p.need(name)
@@ -1002,7 +1008,37 @@ def _ldmatrix(p: Parts) -> Step:
     return step
 
 
-def _halves(kind: str) -> Callable[[Array], Array]:
+@meaning("stmatrix")
+def _stmatrix(p: Parts) -> Step:
+    for name in ("sync", "aligned", "m8n8", "shared", "b16"):
+        p.need(name)
+    count, turned = int(p.need("x1", "x2", "x4")[1:]), p.take("trans")
+    address = p.address(p.operands[0])
+    reads = [p.source(n, "b32") for n in split(p.operands[1][1:-1])]
+    if len(reads) != count:
+        raise PTXError(f"{len(reads)} registers for {count} matrices")
+    lane = np.arange(32)
+    row, column = lane // 4, lane % 4 * 2
+
+    def step(m: Machine) -> None:
+        warps = m.whole_warps()
+        data = np.empty((len(warps), count, 8, 8), np.uint16)
+        for i, read in enumerate(reads):
+            x = np.broadcast_to(read(m), m.count)[warps]
+            for half in range(2):
+                at = (column + half, row) if turned else (row, column + half)
+                data[:, i, *at] = (x >> np.uint32(16 * half)).astype(np.uint16)
+        # Lane i gives the address of row i % 8 of matrix i / 8.
+        rows = warps[:, : 8 * count].ravel()
+        at = np.broadcast_to(address(m), m.count)[rows]
+        if (at % 16 != 0).any():
+            raise m.error("not aligned to 16 bytes")
+        m.store_shared(at, data.reshape(-1, 8), 2, rows)
+
+    return step
+
+
+def halves(kind: str) -> Callable[[Array], Array]:
     """[..] of registers -> [.., elements] of numbers."""
     if kind == "tf32":
         # The lower 13 bits are not looked at.
@@ -1017,7 +1053,7 @@ def _halves(kind: str) -> Callable[[Array], Array]:
     )
 
 
-@_meaning("mma")
+@meaning("mma")
 def _mma(p: Parts) -> Step:
     """d = a b + c over a warp; sums are exact and then cut, the least accurate that hardware is."""
     for name in ("sync", "aligned", "row", "col"):
@@ -1034,7 +1070,7 @@ def _mma(p: Parts) -> Step:
         raise PTXError("a wrong number of registers")
     writes = [p.target_active(t, "f32") for t in d]
     left, right = [p.source(t, "b32") for t in a], [p.source(t, "b32") for t in b]
-    start, numbers = [p.source(t, "f32") for t in c], _halves(kind)
+    start, numbers = [p.source(t, "f32") for t in c], halves(kind)
     lane = np.arange(32)
     group, own = lane // 4, lane % 4
 

@@ -2,26 +2,36 @@
 
 Threads at the same basic block go together, those furthest up in the program before the others,
 until all have ended or wait at a barrier. That is one order of those the manual allows; what
-another order would change is found by :class:`ptx.memory.Watch`.
+another order would change is found by :class:`ptx.memory.Watch`, or for kernels with asynchronous
+units and barriers in memory by :class:`ptx.order.SharedWatch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ptx.memory import Clock, GlobalMemory, Watch
+from ptx.order import Order, SharedWatch
 from ptx.parser import SIZES, Instruction, Kernel, PTXError
 
+if TYPE_CHECKING:
+    from ptx.barriers import Barriers
+    from ptx.tma import Boxes
+    from ptx.wgmma import Products
+
 Array = Any
-Step = Callable[["Machine"], None]
+# None: go on; False: these threads leave the block; lanes that leave it.
+Step = Callable[["Machine"], Any]
 Read = Callable[["Machine"], Array]
 
 SHARED_WINDOW = 1 << 62  # generic addresses of shared memory begin here
+PARAMETER_WINDOW = 1 << 61
 _LANES = 1 << 13  # about as many threads run at a time
+_LANES_ORDERED = 1 << 10  # the same where everything that each has seen is kept
 
 
 @dataclass
@@ -36,8 +46,21 @@ class Copy:
     group: Array
 
 
+@dataclass
+class Parked:
+    """Threads that wait at the beginning of a block until something comes about."""
+
+    block: int
+    lanes: Array
+    ready: Callable[[], bool]
+
+
 class Machine:
-    """The threads of some blocks of a grid."""
+    """The threads of some blocks of a grid.
+
+    Attributes:
+        order: None for a kernel without asynchronous units and barriers in memory.
+    """
 
     def __init__(
         self,
@@ -68,7 +91,24 @@ class Machine:
         self.shared = np.full(blocks * bytes_, 0xFF, np.uint8)
         self.flying = np.zeros(blocks * bytes_, bool)  # targets of asynchronous copies
         self.granule = kernel.code["granule"]
-        self.watch = Watch(blocks * bytes_ // self.granule + 1, clock)
+        self.shared_granule = kernel.code["shared_granule"]
+        cells = blocks * bytes_ // self.shared_granule + 1
+        self.order: Order | None = None
+        self.watch: Watch | SharedWatch
+        self.parked: list[Parked] = []
+        self.half_warps: dict[int, tuple[Array, Array]] = {}  # block -> lanes that wait, for whom
+        if kernel.code["units"]:
+            self.order = Order(blocks, threads)
+            self.watch = SharedWatch(cells, self.order, first * threads)
+            self.barriers: Barriers
+            self.boxes: Boxes
+            self.products: Products
+            kernel.code["units"](self)
+            self.opaque = np.zeros(blocks * bytes_, bool)  # barriers
+            self.tried = np.zeros(n, bool)
+            self._parked_now = np.zeros(n, bool)
+        else:
+            self.watch = Watch(cells, clock)
         self.copies: list[Copy] = []
         self.group = np.zeros(n, np.int64)  # the open one of each thread
         self.pending: dict[int, Array] = {0: np.ones(n, bool)}
@@ -149,11 +189,17 @@ class Machine:
             raise self.error(str(error)) from None
 
     def _watched(
-        self, watch: Watch, at: Array, size: int, lanes: Array, changes: Array | None
+        self,
+        watch: Watch | SharedWatch,
+        at: Array,
+        size: int,
+        lanes: Array,
+        changes: Array | None,
     ) -> None:
         """Record bytes ``at`` on as read, or as written where they change."""
-        n = max(size // self.granule, 1)
-        cells = (at // self.granule)[:, None] + np.arange(n)
+        granule = self.shared_granule if watch is self.watch else self.granule
+        n = max(size // granule, 1)
+        cells = (at // granule)[:, None] + np.arange(n)
         thread = np.broadcast_to(self.number[lanes][:, None], cells.shape)
         if changes is None:
             loose = watch.read(cells.ravel(), thread.ravel())
@@ -226,11 +272,14 @@ class Machine:
             self._watched(self.watch, at, unit * count, lanes, np.repeat(changes, unit, 1))
 
     def _landed(self, at: Array, size: int, lanes: Array) -> None:
-        if not self.copies:
+        if not self.copies and not self.order:
             return
-        early = self.flying[at[:, None] + np.arange(size)].any(1)
+        cells = at[:, None] + np.arange(size)
+        early = self.flying[cells].any(1)
         if early.any():
             raise self.error("an asynchronous copy to this place was not waited for", lanes[early])
+        if self.order and self.opaque[cells].any():
+            raise self.error("an ordinary access to a barrier")
 
     # --- asynchronous copies ----------------------------------------------------------------------
 
@@ -313,44 +362,126 @@ class Machine:
         if (here.any(1) != here.all(1)).any():
             block = self.first + int(np.flatnonzero(here.any(1) != here.all(1))[0])
             raise self.error(f"block {block}: a barrier that some threads never reach")
-        whole = np.flatnonzero(here.all(1)) + self.first
-        self.clock.block[whole] += 1
+        whole = np.flatnonzero(here.all(1))
+        self.clock.block[whole + self.first] += 1
+        if self.order:
+            self.order.meet(self.lane.reshape(self.blocks, -1)[whole])
         for block, mask in self.waiting.items():
             self.go(block, mask)
         self.waiting = {}
 
+    def wait_for_warp(self, behind: int, members: Array) -> None:
+        """Active lanes wait for the members of their warps, and go on behind."""
+        assert self.order
+        lanes = self.active()
+        waits, asked = self.half_warps.pop(behind, (np.zeros(0, np.int64), np.zeros(0, np.uint32)))
+        lanes = np.concatenate([waits, lanes])
+        asked = np.concatenate([asked, np.broadcast_to(members, len(lanes) - len(asked))])
+        by = np.argsort(lanes)
+        lanes, asked = lanes[by], asked[by].astype(np.uint32)
+        warp = lanes // self.threads * (self.threads + 31) + lanes % self.threads // 32
+        left = np.ones(len(lanes), bool)
+        for w in np.unique(warp):
+            own = np.flatnonzero(warp == w)
+            within = (lanes[own] % self.threads % 32).astype(np.uint32)
+            exist = min(32, self.threads - int(lanes[own[0]] % self.threads) // 32 * 32)
+            named = asked[own[0]] & np.uint32((1 << exist) - 1)
+            if named == np.bitwise_or.reduce(np.uint32(1) << within):
+                self.order.meet(lanes[own][None])
+                left[own] = False
+        released = np.zeros(self.count, bool)
+        released[lanes[~left]] = True
+        self.go(behind, released)
+        if left.any():
+            self.half_warps[behind] = lanes[left], asked[left]
+
+    def park(self, block: int, lanes: Array, ready: Callable[[], bool]) -> None:
+        """Lanes wait at the beginning of a block."""
+        self.parked.append(Parked(block, lanes, ready))
+        self._parked_now[lanes] = True
+
+    def parked_now(self) -> Array | None:
+        """Lanes that the current instruction parked."""
+        if not self._parked_now.any():
+            return None
+        now = self._parked_now
+        self._parked_now = np.zeros(self.count, bool)
+        return now
+
+    def _unpark(self) -> bool:
+        """Let those go on whose wait is over."""
+        waits, self.parked = self.parked, []
+        for p in waits:
+            if p.ready():
+                mask = np.zeros(self.count, bool)
+                mask[p.lanes] = True
+                self.go(p.block, mask)
+            else:
+                self.parked.append(p)
+        return bool(self.pending)
+
+    def _next(self) -> None:
+        """No thread can go on: let time pass, then open barriers."""
+        while not self.pending and self.parked:
+            if self._unpark():
+                return
+            if not self.boxes.land_one(self):
+                break
+        if not self.pending and self.waiting:
+            self.release()
+        if not self.pending and self.half_warps:
+            raise self.error("some threads that are named do not take part")
+        if not self.pending and self.parked:
+            lanes = self.parked[0].lanes
+            raise self.error("threads wait for a phase that never ends", lanes)
+
     def run(self) -> None:
         code = self.kernel.code["blocks"]
-        while self.pending or self.waiting:
+        while self.pending or self.waiting or self.parked or self.half_warps:
             if not self.pending:
-                self.release()
+                self._next()
             number = min(self.pending)
             mask = self.pending.pop(number)
             mask_or_all = None if mask.all() else mask
             self.narrow(mask_or_all)
             going = True
-            for instruction, guard, step in code[number]:
+            for instruction, guard, step, uses in code[number]:
                 self.at = instruction
+                if uses:
+                    self.products.touch(self, uses)
                 if guard is None:
-                    going = step(self) is not False
-                    continue
-                kept = guard(self)
-                kept = np.array(np.broadcast_to(kept, self.count)) if np.ndim(kept) == 0 else kept
-                taken = kept if mask_or_all is None else kept & mask
-                if taken.any():
+                    result = step(self)
+                    if result is None:
+                        continue
+                    rest = np.zeros(0, bool) if result is False else mask & ~result
+                else:
+                    kept = guard(self)
+                    kept = (
+                        np.array(np.broadcast_to(kept, self.count)) if np.ndim(kept) == 0 else kept
+                    )
+                    taken = kept if mask_or_all is None else kept & mask
+                    if not taken.any():
+                        continue
                     self.narrow(taken)
-                    ended = step(self) is False
+                    result = step(self)
                     self.narrow(mask_or_all)
-                    if ended:  # the others go on
-                        rest = mask & ~taken
-                        going = bool(rest.any())
-                        mask = rest
+                    if result is None:
+                        continue
+                    rest = mask & ~(taken if result is False else result)
+                going = bool(rest.any())
+                if not going:
+                    break
+                mask = mask_or_all = rest  # the others go on
+                self.narrow(mask)
             if going:
                 if number + 1 >= len(code):
                     raise self.error("threads run past the end")
                 self.go(number + 1, mask)
         if self.copies:
             raise self.error("threads ended with asynchronous copies in flight")
+        if self.order:
+            self.boxes.finish(self)
+            self.products.finish(self)
 
     def here(self) -> Array:
         """The active lanes as a mask."""
@@ -370,6 +501,8 @@ class Compiler:
 
     kernel: Kernel
     slots: dict[str, tuple[int, str]] = field(default_factory=dict)
+    operands: set[int] = field(default_factory=set)  # slots that asynchronous products use
+    used: set[int] = field(default_factory=set)  # slots of the current instruction
 
     def register(self, name: str) -> tuple[int, str] | None:
         """Slot and type."""
@@ -381,7 +514,41 @@ class Compiler:
             if kind is None:
                 return None
             self.slots[name] = (len(self.slots), kind)
+        self.used.add(self.slots[name][0])
         return self.slots[name]
+
+
+_UNITS = ("mbarrier", "fence", "wgmma", "cp.async.bulk")
+
+
+def _units(compiler: Compiler, kernel: Kernel) -> Callable[[Machine], None] | None:
+    """Sets up what works beside the threads, if the kernel has any of it."""
+    from ptx import barriers, tma, wgmma
+
+    if not any(i.opcode.startswith(_UNITS) for block in kernel.blocks for i in block):
+        return None
+
+    def set_up(m: Machine) -> None:
+        m.barriers = barriers.Barriers()
+        m.boxes = tma.Boxes()
+        m.products = wgmma.Products(m, compiler.operands)
+
+    return set_up
+
+
+def _sizes(instruction: Instruction) -> tuple[list[int], list[int]]:
+    """Bytes that an access to global and to shared memory moves together."""
+    kinds = instruction.opcode.split(".")
+    copy = kinds[:2] == ["cp", "async"] and "bulk" not in kinds
+    if kinds[0] not in ("ld", "st", "ldmatrix", "stmatrix") and not copy:
+        return [], []
+    if kinds[0] in ("ldmatrix", "stmatrix"):
+        return [], [16]
+    found = [4] if copy else [SIZES[k] for k in kinds if k in SIZES]
+    return (
+        found if kinds[1] not in ("shared", "param") else [],
+        found if kinds[1] not in ("global", "param") else [],
+    )
 
 
 def _registers(kernel: Kernel) -> dict[str, tuple[int, str]]:
@@ -394,28 +561,41 @@ def compiled(kernel: Kernel) -> None:
     Raises:
         PTXError: an instruction is unknown; which one.
     """
+    from ptx import barriers, tma, wgmma  # noqa: F401  (their opcodes)
     from ptx.instructions import compile_instruction
 
     if kernel.code:
         return
     compiler = Compiler(kernel)
-    blocks, sizes = [], [16]
+    blocks, sizes, shared = [], [16], [16]
     for number, block in enumerate(kernel.blocks):
         steps = []
         for instruction in block:
+            compiler.used = set()
             try:
                 guard, step = compile_instruction(compiler, instruction, number)
             except PTXError as error:
                 raise PTXError(
                     f"{kernel.name}, line {instruction.line}: {instruction.text}: {error}"
                 ) from None
-            steps.append((instruction, guard, step))
-            if instruction.opcode.startswith(("ld", "st", "atom", "red.", "cp.async")):
-                kinds = instruction.opcode.split(".")
-                sizes += [SIZES[k] for k in kinds if k in SIZES]
-                sizes += [4] if kinds[0] == "cp" else []
+            # Asynchronous products look after their registers themselves.
+            used = set() if instruction.opcode.startswith("wgmma") else compiler.used
+            steps.append((instruction, guard, step, used))
+            of_global, of_shared = _sizes(instruction)
+            sizes += of_global
+            shared += of_shared
         blocks.append(steps)
-    kernel.code.update(blocks=blocks, registers=compiler.slots, granule=min(sizes))
+    kernel.code.update(
+        # Which registers products use is known at the end.
+        blocks=[
+            [(i, guard, step, sorted(used & compiler.operands)) for i, guard, step, used in block]
+            for block in blocks
+        ],
+        registers=compiler.slots,
+        granule=min(sizes),
+        shared_granule=min(shared),
+        units=_units(compiler, kernel),
+    )
 
 
 def launch(
@@ -447,7 +627,7 @@ def launch(
     compiled(kernel)
     total = grid[0] * grid[1] * grid[2]
     clock = Clock(total, threads)
-    each = max(1, _LANES // threads)
+    each = max(1, (_LANES_ORDERED if kernel.code["units"] else _LANES) // threads)
     shared = kernel.shared_bytes + dynamic_shared
     with np.errstate(all="ignore"):
         for first in range(0, total, each):

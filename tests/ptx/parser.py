@@ -36,7 +36,8 @@ class Kernel:
     """One ``.entry``.
 
     Attributes:
-        blocks: basic blocks in program order; only their last instruction may branch or wait.
+        blocks: basic blocks in program order; only their last instruction may branch, and only the
+            first try whether a barrier in memory has opened.
         targets: label -> number of the block it begins.
         registers: name -> type, or prefix -> type for ``%r<17>``.
         shared: static variable -> offset; dynamic: name of the ``.extern`` array, behind them.
@@ -69,6 +70,7 @@ _VARIABLE = re.compile(
 )
 _SPACE = re.compile(r"\s*")
 _LABEL = re.compile(r"([\w$%.]+):(?!:)")
+_TRIES = ("mbarrier.try_wait", "mbarrier.test_wait")
 _ENDS = ("bra", "ret", "exit", "bar", "barrier", "brx", "call", "trap")
 
 
@@ -176,15 +178,19 @@ def _kernel(header: re.Match[str], body: str, module: _Scope, line: int) -> Kern
         label = _LABEL.match(body, at)
         if body[at] == "{":
             inner += 1
-            scopes.append({})
             at += 1
+            labels = _own_labels(body[at : _closing(body, at) - 1])
+            scopes.append({name: f"{name}.{inner}" for name in labels})
         elif body[at] == "}":
             scopes.pop()
             at += 1
         elif label:
             if kernel.blocks[-1]:
                 kernel.blocks.append([])
-            kernel.targets[label.group(1)] = len(kernel.blocks) - 1
+            target = label.group(1)
+            for renamed in scopes[1:]:
+                target = renamed.get(target, target)
+            kernel.targets[target] = len(kernel.blocks) - 1
             at = label.end()
         else:
             stop = body.index(";", at)
@@ -198,6 +204,14 @@ def _kernel(header: re.Match[str], body: str, module: _Scope, line: int) -> Kern
     if kernel.dynamic:
         kernel.shared[kernel.dynamic] = kernel.shared_bytes
     return kernel
+
+
+def _own_labels(inside: str) -> list[str]:
+    """Labels of a pair of braces, without those of inner ones and of braces around operands."""
+    flat = inside
+    while (once := re.sub(r"\{[^{}]*\}", "", flat)) != flat:
+        flat = once
+    return re.findall(r"(?:^|[;\s])([\w$%.]+):(?!:)", flat)
 
 
 def _statement(
@@ -230,6 +244,8 @@ def _statement(
     guard = re.match(r"@(!?)(\S+)\s+", statement)
     rest = statement[guard.end() :] if guard else statement
     opcode, _, operands = rest.partition(" ")
+    if opcode.startswith(_TRIES) and kernel.blocks[-1]:
+        kernel.blocks.append([])
     kernel.blocks[-1].append(
         Instruction(
             line,

@@ -30,7 +30,7 @@ _FORMATS = {
     **{"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q"},
     **{"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"},
 }
-_SHARED = {80: 163 << 10, 89: 99 << 10}  # bytes a block may take
+_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may take
 
 
 class _Driver:
