@@ -365,7 +365,7 @@ class Machine:
         whole = np.flatnonzero(here.all(1))
         self.clock.block[whole + self.first] += 1
         if self.order:
-            self.order.meet(self.lane.reshape(self.blocks, -1)[whole])
+            self.order.meet_blocks(whole)
         for block, mask in self.waiting.items():
             self.go(block, mask)
         self.waiting = {}

@@ -42,6 +42,7 @@ class Order:
     def __init__(self, blocks: int, threads: int) -> None:
         self.threads, self.sources = threads, threads + BARRIERS
         self.time = np.ones((blocks, threads), np.int32)
+        self.barriers = np.zeros(blocks, np.int32)  # of whole blocks
         self.generic = np.zeros((blocks, threads, self.sources), np.int32)
         self.fenced = np.zeros((blocks, threads, self.sources), np.int32)
         own = np.arange(threads)
@@ -67,6 +68,10 @@ class Order:
             together = clock[block, thread].max(1, keepdims=True)
             clock[block, thread] = together
         self.advance(groups.ravel())
+
+    def meet_blocks(self, blocks: Array) -> None:
+        self.barriers[blocks] += 1
+        self.meet(blocks[:, None] * self.threads + np.arange(self.threads))
 
     def release(self, lane: int, into: Seen) -> None:
         block, thread = divmod(lane, self.threads)
@@ -104,21 +109,26 @@ class SharedWatch:
         self.reads = np.zeros((cells, order.threads), np.int32)
         self.products = np.zeros((cells, order.threads), np.int32)
         self.busy = np.zeros(cells, np.int32)  # products that read the cell now
+        # Barriers of the block before the last read: a further one orders all of them.
+        self.read_at = np.full(cells, -1, np.int32)
 
     def read(self, cells: Array, thread: Array) -> Array:
         block, own = self.order.place(thread - self._first)
         self.reads[cells, own] = self.order.time[block, own]
+        self.read_at[cells] = self.order.barriers[block]
         writer = self.writer[cells]
         return (writer >= 0) & (self.order.generic[block, own, writer] < self.stamp[cells])
 
     def write(self, cells: Array, thread: Array, changes: Array) -> Array:
         block, own = self.order.place(thread - self._first)
-        writer, seen = self.writer[cells], self.order.generic[block, own]
+        writer = self.writer[cells]
         loose = (writer >= 0) & (self.order.generic[block, own, writer] < self.stamp[cells])
-        loose &= changes
-        readers = seen[:, : self.order.threads]
-        loose |= self.busy[cells] > 0
-        loose |= (self.reads[cells] > readers).any(1) | (self.products[cells] > readers).any(1)
+        loose = (loose & changes) | (self.busy[cells] > 0)
+        late = np.flatnonzero(self.read_at[cells] == self.order.barriers[block])
+        if len(late):
+            seen = self.order.generic[block[late], own[late], : self.order.threads]
+            for readers in (self.reads, self.products):
+                loose[late] |= (readers[cells[late]] > seen).any(1)
         self.writer[cells], self.stamp[cells] = own, self.order.time[block, own]
         return loose
 
@@ -160,3 +170,4 @@ class SharedWatch:
         self.busy[cells] -= 1
         block, thread = self.order.place(lanes)
         self.products[np.ix_(cells, thread)] = self.order.time[block, thread]
+        self.read_at[cells] = self.order.barriers[block[0]]

@@ -63,6 +63,11 @@ class Product:
     factors: list[int]
     cells: Array  # of shared memory, that are read
 
+    @property
+    def warp(self) -> int:
+        """Its first lane."""
+        return int(self.lanes[0])
+
 
 class Products:
     """Of all warps, and the state of registers that they use."""
@@ -105,26 +110,22 @@ class Products:
 
     def wait(self, m: Machine, newest: int) -> None:
         waits = {int(warp[0]) for warp in m.whole_warps()}
-        left = []
-        for p in self.flying:
-            warp = int(p.lanes[0])
-            if warp in waits and p.group + newest < self.group[warp]:
-                self._land(m, p)
-            else:
-                left.append(p)
-        self.flying = left
-
-    def _land(self, m: Machine, p: Product) -> None:
-        for slot in p.factors:
-            self.reading[self.rows[slot], p.lanes] -= 1
-        for slot in p.sums:
-            row = self.rows[slot]
-            self.writing[row, p.lanes] -= 1
-            done = p.lanes[self.writing[row, p.lanes] == 0]
+        ends = [p.group + newest < self.group[p.warp] and p.warp in waits for p in self.flying]
+        done = [p for p, end in zip(self.flying, ends, strict=True) if end]
+        self.flying = [p for p, end in zip(self.flying, ends, strict=True) if not end]
+        written: dict[int, list[Array]] = defaultdict(list)
+        for p in done:
+            self.reading[np.ix_([self.rows[s] for s in p.factors], p.lanes)] -= 1
+            self.writing[np.ix_([self.rows[s] for s in p.sums], p.lanes)] -= 1
+            m.watch.done(p.cells, p.lanes)  # type: ignore[union-attr]
+            for slot in p.sums:
+                written[slot].append(p.lanes)
+        for slot, lanes in written.items():
+            row, at = self.rows[slot], np.concatenate(lanes)
+            at = at[self.writing[row, at] == 0]
             whole = np.array(np.broadcast_to(m.get(slot, np.uint32), m.count))
-            whole[done] = self.value[row, done].view(np.uint32)
+            whole[at] = self.value[row, at].view(np.uint32)
             m.registers[slot] = whole
-        m.watch.done(p.cells, p.lanes)  # type: ignore[union-attr]
 
     def check(self, m: Machine, lanes: Array, sums: Array, factors: Array, shape: int) -> None:
         """Whether a product of these registers (rows of the tables) may start."""
@@ -197,6 +198,8 @@ def _product(p: Parts) -> Step:
     lane = np.arange(32)
     group, own = lane // 4, lane % 4
     pair = 4 // unit
+    i = np.arange(len(sums))[:, None]
+    place = group + i // 2 % 2 * 8, i // 4 * 8 + own * 2 + i % 2  # of sums
 
     def fragment(m: Machine, warp: Array) -> Array:
         A = np.zeros((16, depth))
@@ -206,57 +209,57 @@ def _product(p: Parts) -> Step:
                 A[group + i % 2 * 8, own * pair + e + i // 2 * 4 * pair] = x[:, e]
         return A
 
-    def shared(m: Machine, block: int, at: Array) -> Array:
-        flat = at + block * m.shared_bytes
-        if (at < 0).any() or (at + unit > m.shared_bytes).any():
-            raise m.error("a factor outside of shared memory")
-        if unit == 4:
-            return numbers(m.shared.view(np.uint32)[flat // 4])[..., 0]
-        return numbers(m.shared.view(np.uint16)[flat // 2].astype(np.uint32))[..., 0]
+    def shared(m: Machine, flat: Array) -> Array:
+        view = m.shared.view(np.uint32 if unit == 4 else np.uint16)
+        return numbers(view[flat // unit].astype(np.uint32))[..., 0].astype(np.float64)
 
-    def where(m: Machine, descriptor: Array, rows: int, turned: int) -> Array:
-        if (descriptor != descriptor[0]).any():
-            raise m.error("a descriptor that is not one for the warp")
+    @dataclass
+    class Factor:
+        at: Array  # bytes of all blocks' shared memory
+        values: Array
+
+    def factor(m: Machine, block: int, descriptor: int, rows: int, turned: int) -> Factor:
         try:
-            return addresses(int(descriptor[0]), rows, depth, unit, bool(turned))
+            at = addresses(descriptor, rows, depth, unit, bool(turned))
         except PTXError as error:
             raise m.error(str(error)) from None
+        if at.min() < 0 or at.max() + unit > m.shared_bytes:
+            raise m.error("a factor outside of shared memory")
+        flat = at + block * m.shared_bytes
+        return Factor(flat, shared(m, flat))
 
     def step(m: Machine) -> None:
-        products = m.products
+        products, warps = m.products, m.whole_warps()
         into, out_of = ([products.rows[s] for s in names] for names in slots)
         adding = np.broadcast_to(adds(m), m.count)
-        for warp in m.whole_warps():
+        before = np.stack([np.broadcast_to(read(m), m.count) for read in start])
+        descriptors = [np.broadcast_to(r(m), m.count) for r in (right, left) if r is not None]
+        found: dict[tuple[int, ...], tuple[list[Factor], Array]] = {}
+        for warp in warps:
             block, thread = divmod(int(warp[0]), m.threads)
             products.check(m, warp, into, out_of, width << 8 | depth)
-            b_at = where(m, np.broadcast_to(right(m), m.count)[warp], width, turned_b)
-            used = [b_at.ravel()]
-            if left is None:
-                A = fragment(m, warp)
-                asked: tuple[object, ...] = (m.at, int(b_at[0, 0]))
-            else:
-                a_at = where(m, np.broadcast_to(left(m), m.count)[warp], 64, turned_a)
-                used.append(a_at.ravel())
-                A = shared(m, block, a_at)[thread // 32 % 4 * 16 :][:16]
-                asked = (m.at, int(b_at[0, 0]), int(a_at[0, 0]))
-            products.asked[int(warp[0])].append(asked)
-            cells = _cells(m, block, np.concatenate(used), warp)
-            x = (signs[0] * A) @ (signs[1] * shared(m, block, b_at)).T
-            for i, row in enumerate(into):
-                before = np.where(
-                    products.writing[row, warp] > 0,
-                    products.value[row, warp],
-                    np.broadcast_to(start[i](m), m.count)[warp],
-                )
-                part = x[group + i // 2 % 2 * 8, i // 4 * 8 + own * 2 + i % 2]
-                whole = np.where(adding[warp], part + before, part)
-                products.value[row, warp] = numeric.canonical(numeric.toward_zero(whole))
-                products.shape[row, warp] = width << 8 | depth
-                products.writing[row, warp] += 1
-            for row in out_of:
-                products.reading[row, warp] += 1
-            group_ = products.group[int(warp[0])]
-            products.flying.append(Product(warp, group_, *slots, cells))
+            if any((d[warp] != d[warp[0]]).any() for d in descriptors):
+                raise m.error("a descriptor that is not one for the warp")
+            key = (block, *(int(d[warp[0]]) for d in descriptors))
+            if key not in found:
+                factors = [factor(m, block, key[1], width, turned_b)]
+                if left is not None:
+                    factors.append(factor(m, block, key[2], 64, turned_a))
+                found[key] = factors, _cells(m, [f.at for f in factors])
+            factors, cells = found[key]
+            _take(m, cells, warp)
+            row = thread // 32 % 4 * 16
+            A = fragment(m, warp) if left is None else factors[1].values[row : row + 16]
+            x = (signs[0] * A) @ (signs[1] * factors[0].values).T
+            at = np.ix_(into, warp)
+            added = np.where(products.writing[at] > 0, products.value[at], before[:, warp])
+            whole = np.where(adding[warp], x[place] + added, x[place])
+            products.value[at] = numeric.canonical(numeric.toward_zero(whole))
+            products.shape[at] = width << 8 | depth
+            products.writing[at] += 1
+            products.reading[np.ix_(out_of, warp)] += 1
+            products.asked[int(warp[0])].append((m.at, *key[1:]))
+            products.flying.append(Product(warp, products.group[int(warp[0])], *slots, cells))
 
     return step
 
@@ -272,15 +275,18 @@ def _slots(p: Parts, names: list[str]) -> list[int]:
     return found
 
 
-def _cells(m: Machine, block: int, at: Array, warp: Array) -> Array:
-    """Cells that a product reads; they have landed, and the async proxy may see them."""
-    flat = at + block * m.shared_bytes
+def _cells(m: Machine, at: list[Array]) -> Array:
+    """Cells of shared memory; what is to come there has landed."""
+    flat = np.concatenate([a.ravel() for a in at])
     if m.flying[flat].any():
-        raise m.error("an asynchronous copy to this place was not waited for", warp)
-    cells = np.unique(flat // m.shared_granule)
+        raise m.error("an asynchronous copy to this place was not waited for")
+    return np.unique(flat // m.shared_granule)
+
+
+def _take(m: Machine, cells: Array, warp: Array) -> None:
+    """A product of a warp begins to read cells; the async proxy may see them."""
     if m.races:
         wrong = m.watch.taken(cells, m.order.of_warp(warp))  # type: ignore[union-attr]
         if wrong:
             raise m.error(wrong, warp)
     m.watch.busy[cells] += 1  # type: ignore[union-attr]
-    return cells
