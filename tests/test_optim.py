@@ -6,11 +6,13 @@ import copy
 import io
 import math
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -540,6 +542,45 @@ def test_both_probes_see_the_same_dropout(form: str) -> None:
         opt.step(closure)
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[2], masks[3])
     assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("estimator", ["central", "forward"])
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_split_branches_see_the_same_dropout(estimator: str, width: int) -> None:
+    def losses(max_branches: int | None) -> list[tuple[float, ...]]:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 3)).train()
+        opt = MeZO(net, lr=0.0, num_directions=2, estimator=estimator, max_branches=max_branches)
+        seen = []
+        for _ in range(3):
+            opt.step([(X, Y), (X, Y)], lambda n, b: nn.functional.cross_entropy(n(b[0]), b[1]))
+            assert opt.last is not None
+            seen.append(opt.last.losses)
+        return seen
+
+    for split, whole in zip(losses(width), losses(None), strict=True):
+        assert split == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["module", "named"])
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: float(np.random.rand())], ids=["python", "numpy"]
+)
+def test_branches_draw_the_same_numbers_of_python_and_numpy(
+    form: str, draw: Callable[[], float]
+) -> None:
+    net = model()
+    opt = forms(net)[form]()
+    drawn = []
+
+    def closure() -> Tensor:
+        drawn.append(draw())
+        return loss_fn(net, (X * drawn[-1], Y))
+
+    for _ in range(2):
+        opt.step(closure)
+    # The first use of a bound model evaluates a branch once more.
+    assert len(set(drawn)) == 2 and drawn[-1] == drawn[-2]
 
 
 BARE = nn.Parameter(torch.zeros(3))

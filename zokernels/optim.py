@@ -20,7 +20,7 @@ from zokernels import _registry, _targets, deferred
 from zokernels._targets import NamedTensors
 from zokernels.binding import Binding, BoundParameter, bind
 from zokernels.branches import Branches, displaced_storage
-from zokernels.deferred import Fetch, Inputs, placed
+from zokernels.deferred import Fetch, Inputs, placed, recording
 from zokernels.displacement import check_distribution, check_rounding
 from zokernels.distributed import check_process_group, check_same, mean_over_ranks
 from zokernels.losses import loss_of, scalar
@@ -113,7 +113,8 @@ class MeZO(torch.optim.Optimizer):
     losses have arrived, at the latest when they are asked for.
 
     Losses come from the model as it is: call ``model.eval()`` to evaluate without dropout, as MeZO
-    does. In training mode both probes see the same dropout masks.
+    does. In training mode all branches see the same dropout masks, and whatever else the global
+    random states of torch, NumPy and Python decide.
 
     Args:
         params: a module (its parameters with ``requires_grad``), a :class:`~zokernels.Binding` (the
@@ -413,7 +414,7 @@ class MeZO(torch.optim.Optimizer):
         ``step(batch)`` evaluates ``model(**batch).loss`` (a dict with labels) and
         ``step(batch, loss_fn)`` evaluates ``loss_fn(model, batch)``, all branches in one stacked
         pass. ``step(closure)`` calls a function without arguments once per branch: any code that
-        uses the model and returns the loss (no ``backward()``).
+        uses the model and returns the loss (no ``backward()``), of the same batch in every call.
 
         Gradient accumulation: ``step([batch1, batch2, ...])`` takes the mean of the micro-batches'
         losses at the same directions. A list of tensors alone is one batch (it is what a DataLoader
@@ -718,8 +719,11 @@ class MeZO(torch.optim.Optimizer):
         count = len(seeds)
         rows = self._spsa.probes(count, eps)
         width = self.max_branches or len(rows)
+        rewind = self._rewinder() if width < len(rows) else None
         parts = []
         for start in range(0, len(rows), width):
+            if start and rewind is not None:
+                rewind()  # the same dropout in all of them
             part = rows[start : start + width]
             # Only the directions of these branches are drawn.
             used = [k for k in range(count) if any(row[k] for row in part)] or [0]
@@ -739,6 +743,19 @@ class MeZO(torch.optim.Optimizer):
             assert total is not None
             parts.append(total / len(functions) if len(functions) > 1 else total)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _rewinder(self) -> Callable[[], None]:
+        bound = self._bound
+        assert bound is not None
+        devices = [p.device for p in bound.params]
+        if not any(map(recording, devices)):
+            return rewinder(devices)
+        if isinstance(bound, Binding) and any(m.training for m in bound.model.modules()):
+            raise RuntimeError(
+                "max_branches splits the branches, and a graph cannot give all parts the same "
+                "dropout: call model.eval() or raise max_branches"
+            )
+        return lambda: None
 
     def _kept_table(self, rows: list[list[float]], device: torch.device) -> Tensor:
         """Coefficients of the probes on the device: the same in every step, and in a graph."""
@@ -771,7 +788,7 @@ class MeZO(torch.optim.Optimizer):
             return losses
         assert bound is not None
         bound.check()
-        rewind = rewinder(p.device for p in bound.params)
+        rewind = self._rewinder()
         keys = seeds if isinstance(seeds, Tensor) else torch.tensor(seeds, dtype=torch.int64)
         table = torch.as_tensor(coeffs, dtype=torch.float32)
         outputs = []
