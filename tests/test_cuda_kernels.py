@@ -50,6 +50,18 @@ def same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def alike(a: Tensor, b: Tensor) -> None:
+    """Of normals 2e-6 apart: where 16 bits round the other way it is by a step, and rare."""
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    if a.dtype == torch.float32:
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-5, equal_nan=True)
+        return
+    steps = (a.view(torch.int16).int() - b.view(torch.int16).int()).abs()
+    steps[(a == b) | (a.isnan() & b.isnan())] = 0  # -0.0 and 0.0, kinds of NaN
+    assert int(steps.max() if steps.numel() else 0) <= 2  # of a rounding each
+    assert int((steps > 0).sum()) <= max(2, a.numel() // 200)
+
+
 # --- device functions -----------------------------------------------------------------------------
 
 
@@ -58,7 +70,7 @@ def functions() -> ctypes.CDLL:
     output = Path(tempfile.mkdtemp(prefix="zokernels-")) / "functions.so"
     cuda_emulated.compile_host([Path(__file__).with_name("cuda_device_functions.cpp")], output)
     library = ctypes.CDLL(str(output))
-    library.t_normals_differ.restype = ctypes.c_int64
+    library.t_normals_differ.restype = ctypes.c_double
     library.t_units.restype = ctypes.c_int64
     return library
 
@@ -93,19 +105,22 @@ def test_philox_with_a_rows_shortcut(seed: int, stream: int) -> None:
             assert tuple(words) == noise.philox4x32((c, row, param_id, stream), key)
 
 
-def test_normals_are_those_of_every_other_backend_bit_for_bit() -> None:
+def test_normals_are_the_contracts() -> None:
+    """With libm's logarithm and root; tests/test_ptx_cuda.py has the device's, at their worst."""
     rng = np.random.default_rng(0)
     a = rng.integers(0, 2**32, 2_000_000, dtype=np.uint32)
     b = rng.integers(0, 2**32, a.size, dtype=np.uint32)
-    # The ends and the seams: powers of two, three quarters of them, both sides of each.
+    # The ends and the seams: powers of two, three quarters of them, both sides of each, and where
+    # the series takes over from the logarithm.
     edges = {0, 2**32 - 1}
     for e in range(32):
-        for m in (1 << e, 3 << e >> 1):
+        for m in (1 << e, 3 << e >> 1, 2**32 - (1 << e), int((1 - 0.0145) * 2**32)):
             edges |= {(m + d) & 0xFFFFFFFF for d in (-513, -512, -1, 0, 1, 511, 512)}
     grid = np.array(sorted(edges), dtype=np.uint32)
     left, right = (np.ascontiguousarray(g.ravel()) for g in np.meshgrid(grid, grid))
     for x, y in ((a, b), (left, right)):
-        assert functions().t_normals_differ(pointer(x), pointer(y), i64(x.size)) == 0
+        far = functions().t_normals_differ(pointer(x), pointer(y), i64(x.size))
+        assert 0 < far < 1.2e-6
 
 
 @pytest.mark.parametrize("rounding", noise.ROUNDINGS)
@@ -258,13 +273,14 @@ def results(kernels: dict, dtype: torch.dtype, distribution: str, rounding: str)
 @pytest.mark.parametrize("rounding", noise.ROUNDINGS)
 @pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_bits_as_the_cpp_backend(
+def test_the_same_numbers_as_the_cpp_backend(
     dtype: torch.dtype, distribution: str, rounding: str
 ) -> None:
+    """Signs bit for bit; normals come by another logarithm."""
     mine = results(native().kernels(), dtype, distribution, rounding)
     theirs = results(cpp.KERNELS, dtype, distribution, rounding)
     for got, want in zip(mine, theirs, strict=True):
-        same(got, want)
+        (same if distribution == "rademacher" else alike)(got, want)
 
 
 def test_update_of_a_model_of_many_tensors_and_types() -> None:
@@ -273,10 +289,12 @@ def test_update_of_a_model_of_many_tensors_and_types() -> None:
     params = [rand(*shapes[i % 5], dtype=DTYPES[i % 3], seed=i) for i in range(131)]
     wanted = [p.clone() for p in params]
     rest = (seeds_of(2), table(1, 2)[0], None, None, list(range(131)), [], [])
-    native().update_(params, *rest, "gaussian", "stochastic")
-    cpp.update_(wanted, *rest, "gaussian", "stochastic")
-    for got, want in zip(params, wanted, strict=True):
-        same(got, want)
+    for distribution, compare in (("gaussian", alike), ("rademacher", same)):
+        native().update_(params, *rest, distribution, "stochastic")
+        cpp.update_(wanted, *rest, distribution, "stochastic")
+        for got, want in zip(params, wanted, strict=True):
+            compare(got, want)
+            want.copy_(got)
 
 
 def test_nothing_outside_is_written() -> None:
@@ -422,7 +440,7 @@ def exact_linear(
 ) -> Tensor:
     """float64 product of the rounded displaced weights: they are the same bits in every plan."""
     branches = rest[1].shape[0]  # type: ignore[attr-defined]
-    displaced = cpp.displace(w, *rest, "nearest", None).double()
+    displaced = native().displace(w, *rest, "nearest", None).double()
     displaced = displaced.mT if transposed else displaced
     y = torch.stack([F.linear(x[g].double(), displaced[g]) for g in range(branches)])
     return y if bias is None else y + bias.double()[:, None]
@@ -616,13 +634,13 @@ def test_fused_and_tiled_products_share_their_weights() -> None:
         rest = (seeds_of(2), table(2, 2), PID, 7, 256, distribution)
         turned = rand(64, 352, dtype=dtype)
         assert native().takes_fused(x.contiguous(), turned, 64, 256, True)
-        displaced = cpp.displace(turned, *rest, "nearest", None)
+        displaced = native().displace(turned, *rest, "nearest", None)
         same(native().linear(x, turned, None, *rest, False, True), displaced)
         wide = turned.float()
         few = native().linear(x[:, 8:16].float(), wide, None, *rest, False, True)
-        same(few, cpp.displace(wide, *rest, "nearest", None)[:, 8:16].contiguous())
+        same(few, native().displace(wide, *rest, "nearest", None)[:, 8:16].contiguous())
     rest = (*rest[:-1], "gaussian")
-    displaced = cpp.displace(w, *rest, "nearest", None).transpose(1, 2)
+    displaced = native().displace(w, *rest, "nearest", None).transpose(1, 2)
     same(native().linear(x, w, None, *rest, False, False), displaced.contiguous())
     big = x.repeat(1, 2, 1)
     assert big.shape[1] > FUSED_TOKENS
@@ -699,7 +717,7 @@ def test_update_fused_into_the_next_product(
         for decay in (None, 1 - 0.1 * torch.arange(1.0, terms + 1)):
             apart, at_once = w.clone(), w.clone()
             tail = ([PID], [5], [256], distribution, rounding)
-            cpp.update_([apart], seeds, c, decay, None, *tail)
+            ops.update_([apart], seeds, c, decay, None, *tail)
             want = ops.linear(x, apart, None, *rest, False, False)
             version = at_once._version
             got = ops.update_linear_(

@@ -94,43 +94,50 @@ ZK_DEVICE void apply_pending(const LinearArgs& a, uint32_t noise_row, uint32_t g
   }
 }
 
-// sum += left x^T over the sixteen columns of a step in each quarter. A token that is not there
-// reads the last one's and is not stored.
-template <DType T, int NT>
-ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int token0, int col,
-                        const uint32_t left[2][4][4], float sum[2][NT][4]) {
-  const int tokens = static_cast<int>(a.tokens), cols = static_cast<int>(a.w.cols);
-  bool inside[4];
+// A seed and what the two branches make of it; nothing where there is no such term.
+struct Term {
+  uint64_t seed = 0;
+  float c0 = 0.0f, c1 = 0.0f;
+};
+
+ZK_DEVICE Term term_of(const LinearArgs& a, int64_t first, bool two, int k) {
+  Term t;
+  if (k < static_cast<int>(a.terms.count)) {
+    t.seed = static_cast<uint64_t>(a.terms.seeds[k]);
+    t.c0 = a.coeffs[first * a.terms.count + k];
+    if (two) t.c1 = a.coeffs[(first + 1) * a.terms.count + k];
+  }
+  return t;
+}
+
+// Both branches' activations of `tiles` eights of tokens from `token` on, in columns col .. col + 3
+// of every quarter, the branches' from four times start[g] on. A token that is not there reads the
+// last one's, and is not stored.
+template <bool whole, int tiles>
+ZK_DEVICE void load_right(const LinearArgs& a, const uint32_t start[2], uint32_t token, int col,
+                          Vec8 right[2][tiles][4]) {
+  const auto cols = static_cast<uint32_t>(a.w.cols), last = static_cast<uint32_t>(a.tokens) - 1u;
   ZK_UNROLL
-  for (int j = 0; j < 4; ++j) inside[j] = col + 64 * j < cols;
-  // Addresses are computed here, two instructions a row, and not kept over the half panels.
-  auto row = static_cast<uint32_t>(token0 + dev::thread() % 32 / 4);
-  dev::opaque(row);
-  const auto last = static_cast<uint32_t>(tokens) - 1u;
-  const auto row_bytes = static_cast<uint32_t>(cols) * 2u;
-  const char* base = a.x + (first * a.x_branch_stride + col) * 2;
-  ZK_UNROLL
-  for (int g = 0; g < 2; ++g) {
-    if (g == 1 && !two) continue;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const uint32_t own = token + static_cast<uint32_t>(tile) * 8u;
+    const uint32_t at = (own < last ? own : last) * (cols / 4u) + static_cast<uint32_t>(col) / 4u;
     ZK_UNROLL
-    for (int tile = 0; tile < NT; ++tile) {
-      if (token0 + tile * 8 >= tokens) continue;
-      const uint32_t own = row + static_cast<uint32_t>(tile) * 8u;
-      const char* at = base + static_cast<uint64_t>(own < last ? own : last) * row_bytes;
+    for (int g = 0; g < 2; ++g) {
+      const char* const x = a.x + uint64_t{start[g] + at} * 8u;
       ZK_UNROLL
       for (int j = 0; j < 4; ++j) {
-        Vec8 right = {{0u, 0u}};
-        if (inside[j]) right = dev::load8(at + 128 * j);
-        dev::mma<T>(sum[g][tile], left[g][j], right.w);
+        const bool inside = whole || col + 64 * j < static_cast<int>(cols);
+        right[g][tile][j] = inside ? dev::load8(x + 128 * j) : Vec8{{0u, 0u}};
       }
     }
-    base += a.x_branch_stride * 2;
   }
 }
 
 template <DType T, Distribution kind, int NT, bool pending>
-ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
+ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
     linear_kernel(const LinearArgs a, const Split split, float* partial) {
+  // Eights of tokens whose activations are in registers at a time.
+  constexpr int tiles = NT < 2 ? NT : 2;
   const int warp = dev::thread() / 32, lane = dev::thread() % 32, q = lane % 4, r = lane / 4;
   const int wide = kWarps / split.warps_k;
   const int warp_n = warp % wide, warp_k = warp / wide;
@@ -144,22 +151,45 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
   const int end =
       begin + split.halves_each < split.halves ? begin + split.halves_each : split.halves;
   const bool two = first + 1 < a.branches;
-  char* const mine = dev::shared() + dev::thread() * 16;
 
-  const auto chunk = [&](int slot, int row, int j) {
-    return mine + ((slot * kChunks + row * 4 + j) * kThreads) * 16;
+  // A row's 64 bytes of a quarter lie together. Rows 2, 3, 6 and 7 have their halves exchanged, so
+  // that neither the copies of eight lanes nor the loads of sixteen meet in a bank.
+  const int turned = r / 2 % 2 * 32;
+  char* const to = dev::shared() + warp * 512 + (lane * 16 ^ turned);
+  const char* const from = dev::shared() + warp * 512;
+  const int own = r * 64 + q * 8 + turned;
+  const auto chunk = [](int slot, int row, int j) {
+    return ((slot * 2 + row) * 4 + j) * (kThreads * 16);
   };
-  const auto column = [&](int h) { return h / 2 * 256 + h % 2 * 32 + q * 8; };
+  // Places of the rows in the weight, in units of sixteen bytes, and of the branches in x, of
+  // eight. An output that is not there is computed from the last one, and not stored.
+  uint32_t source[2], start[2];
+  ZK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int64_t n = n0 + r + i * 8;
+    source[i] = static_cast<uint32_t>((n < a.w.rows ? n : a.w.rows - 1) * a.w.row_stride / 8) +
+                static_cast<uint32_t>(q);
+    start[i] = static_cast<uint32_t>((first + (two ? i : 0)) * a.x_branch_stride / 4);
+    dev::opaque(source[i]);
+    dev::opaque(start[i]);
+  }
+  const auto column = [](int h) { return h / 2 * 256 + h % 2 * 32; };
+  const auto is_whole = [&](int h) { return h / 2 * 256 + 256 <= cols; };
   const auto fetch = [&](int h, int slot) {
+    const int col = column(h);
+    const bool whole = is_whole(h);
     ZK_UNROLL
     for (int row = 0; row < 2; ++row) {
-      const int64_t n = n0 + r + row * 8;
-      ZK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int col = column(h) + 64 * j;
-        const bool valid = n < a.w.rows && col < cols;
-        dev::copy16(chunk(slot, row, j), a.w.data + (valid ? (n * a.w.row_stride + col) * 2 : 0),
-                    valid);
+      const char* const at =
+          a.w.data + uint64_t{source[row] + static_cast<uint32_t>(col) / 8u} * 16u;
+      char* const slots = to + chunk(slot, row, 0);
+      if (whole) {
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) dev::copy16(slots + chunk(0, 0, j), at + 128 * j, true);
+      } else {
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j)
+          dev::copy16(slots + chunk(0, 0, j), at + 128 * j, col + q * 8 + 64 * j < cols);
       }
     }
   };
@@ -176,17 +206,33 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
 
   if (begin + warp_k < end) fetch(begin + warp_k, 0);
   dev::commit_copies();
+  const Term lead = term_of(a, first, two, 0);
   int slot = 0;
   ZK_NO_UNROLL
   for (int h = begin + warp_k; h < end; h += split.warps_k, slot ^= 1) {
+    dev::wait_copies<0>();
+    // The half panel is there for every lane, and every lane has read the one before.
+    dev::warp_barrier();
     if (h + split.warps_k < end) fetch(h + split.warps_k, slot ^ 1);
     dev::commit_copies();
-    dev::wait_copies<1>();
     const uint32_t group = split.first_group + static_cast<uint32_t>(h) / 2u;
+    const bool whole = is_whole(h);
     ZK_NO_UNROLL
     for (int t = 0; t < 2; ++t) {
-      const int col = column(h) + 4 * t;
-      const auto l = static_cast<uint32_t>(h % 2 * 32 + q * 8 + 4 * t);
+      const int col = column(h) + 16 * t + 4 * q;
+      const auto l = static_cast<uint32_t>(h % 2 * 32 + 16 * t + 4 * q);
+      // Addresses are computed here and not kept over the half panels.
+      auto token = static_cast<uint32_t>(token0 + r);
+      dev::opaque(token);
+      Vec8 right[2][tiles][4];
+      const auto load = [&](int pair) {
+        const uint32_t at = token + static_cast<uint32_t>(pair * tiles * 8);
+        if (whole)
+          load_right<true, tiles>(a, start, at, col, right);
+        else
+          load_right<false, tiles>(a, start, at, col, right);
+      };
+      load(0);                 // while the noise is drawn
       uint32_t left[2][4][4];  // branch, quarter, register of the fragment
       ZK_UNROLL
       for (int row = 0; row < 2; ++row) {
@@ -195,7 +241,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
         float acc[2][4][4];
         ZK_UNROLL
         for (int j = 0; j < 4; ++j) {
-          const Vec8 raw = dev::load8(chunk(slot, row, j) + t * 8);
+          const Vec8 raw = dev::load8(from + chunk(slot, row, j) + (own ^ 32 * t));
           unpack_words<T, 2>(raw.w, acc[0][j]);
         }
         if constexpr (pending) {
@@ -215,27 +261,25 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
         }
         // Entered once without terms too: a loop that may be passed by costs copies of all
         // registers.
-        int64_t k = 0;
+        Term term = lead;
+        int k = 0;
         ZK_NO_UNROLL
         do {
-          const bool any = k < a.terms.count;
-          const float c0 = any ? a.coeffs[first * a.terms.count + k] : 0.0f;
-          const float c1 = any && two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
-          if (c0 == 0.0f && c1 == 0.0f) continue;
-          const Draw<kind> draw(row_state(static_cast<uint64_t>(a.terms.seeds[k]), noise_row,
-                                          a.place.param_id, Stream::direction),
-                                group, l);
+          if (k > 0) term = term_of(a, first, two, k);
+          if (term.c0 == 0.0f && term.c1 == 0.0f) continue;
+          const Draw<kind> draw(
+              row_state(term.seed, noise_row, a.place.param_id, Stream::direction), group, l);
           ZK_UNROLL
           for (int i = 0; i < 4; ++i) {
             float z[4];
             draw.column(static_cast<uint32_t>(i), z);
             ZK_UNROLL
             for (int j = 0; j < 4; ++j) {
-              acc[0][j][i] = fma32(c0, z[j], acc[0][j][i]);
-              acc[1][j][i] = fma32(c1, z[j], acc[1][j][i]);
+              acc[0][j][i] = fma32(term.c0, z[j], acc[0][j][i]);
+              acc[1][j][i] = fma32(term.c1, z[j], acc[1][j][i]);
             }
           }
-        } while (++k < a.terms.count);
+        } while (++k < static_cast<int>(a.terms.count));
         ZK_UNROLL
         for (int g = 0; g < 2; ++g) {
           ZK_UNROLL
@@ -245,7 +289,20 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT <= 4 ? 2 : 1)
           }
         }
       }
-      multiply<T, NT>(a, first, two, token0, col, left, sum);
+      // sum += left x^T. Products that follow each other add to different sums.
+      ZK_UNROLL
+      for (int pair = 0; pair < NT / tiles; ++pair) {
+        if (pair > 0) {
+          if (token0 + pair * tiles * 8 >= tokens) continue;
+          load(pair);
+        }
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          ZK_UNROLL
+          for (int i = 0; i < 2 * tiles; ++i)
+            dev::mma<T>(sum[i % 2][pair * tiles + i / 2], left[i % 2][j], right[i % 2][i / 2][j].w);
+        }
+      }
     }
   }
 
@@ -374,7 +431,11 @@ const char* add_parts(const LinearArgs& a, const float* partial, int parts, void
 
 const char* linear(const LinearArgs& a, float* partial, int parts, void* stream) {
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
-  if (a.tokens > 0x7FFFFFFF || a.w.cols > 0x7FFFFFFF) return "the product is too large";
+  constexpr int64_t most = 0x7FFFFFFF - 256, units = 0xFFFFFFFF;  // of 16 and of 8 bytes
+  if (a.tokens > most || a.w.cols > most ||
+      (a.w.rows - 1) * a.w.row_stride / 8 > units - most / 8 ||
+      (a.branches - 1) * a.x_branch_stride / 4 + a.tokens * (a.w.cols / 4) > units)
+    return "the product is too large";
   if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
   const bool pending = a.pending.count > 0;
   const int nt = token_tiles(a.tokens, pending);
