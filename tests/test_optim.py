@@ -830,6 +830,30 @@ def test_non_finite_losses_are_skipped(bad: float) -> None:
     assert not same(net, start) and not opt.last.skipped
 
 
+@pytest.mark.parametrize("form", ["module", "named"])
+def test_losses_that_never_differ_are_worth_one_word(form: str) -> None:
+    net = model()
+    elsewhere = copy.deepcopy(net)
+    opt = forms(net)[form]()
+
+    def step(of: nn.Module) -> None:
+        opt.step(lambda: loss_fn(of, (X, Y)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for of in (elsewhere, elsewhere, net, elsewhere, elsewhere):  # not three in a row
+            step(of)
+    start = weights(net)
+    with pytest.warns(UserWarning, match="equal losses at all branches.*another model") as caught:
+        step(elsewhere)
+    assert caught[0].filename == __file__ and same(net, start)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        for _ in range(4):
+            step(elsewhere)
+    assert opt.num_steps == 10
+
+
 def test_updates_beyond_float32_are_skipped_too() -> None:
     net = model()
     opt = MeZO(net, lr=1e30, eps=1e-30)
@@ -945,6 +969,26 @@ def test_resume_from_the_journal_alone(dtype: torch.dtype, form: str, options: s
     assert same(resumed, whole)
     assert opt2.state_dict() == opt.state_dict()
     assert cut == journal
+
+
+def test_resume_after_momentum_was_switched_off_and_on() -> None:
+    def new(journal: Trajectory) -> tuple[nn.Module, MeZO]:
+        net = model()
+        return net, MeZO(net, lr=1e-2, journal=journal)
+
+    def steps(opt: MeZO, momenta: list[float]) -> None:
+        for momentum in momenta:
+            opt.param_groups[0]["momentum"] = momentum
+            opt.step(BATCH)
+
+    whole, opt = new(journal := Trajectory())
+    steps(opt, [0.0, 0.5, 0.5, 0.0, 0.5])
+    resumed, opt2 = new(copy.deepcopy(journal))
+    opt2.resume()
+    assert opt2.state_dict()["mezo"] == opt.state_dict()["mezo"]
+    steps(opt, [0.5])
+    steps(opt2, [0.5])
+    assert same(resumed, whole)
 
 
 def test_resume_refusals() -> None:

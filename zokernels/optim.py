@@ -54,6 +54,9 @@ from zokernels.trajectory_format import TrajectoryError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Steps in a row with equal losses at all branches that are worth a word.
+FLAT = 3
+
 
 class NonFiniteLossError(ArithmeticError):
     """A loss, or what follows from it, is NaN or infinite (``nonfinite="raise"``)."""
@@ -188,6 +191,8 @@ class MeZO(torch.optim.Optimizer):
     _step: int
     _skipped: int
     _warned: bool
+    _flat: int  # steps in a row whose branches had equal losses
+    _told: bool
     _window: tuple[Past, ...]
     _last: StepResult | None
     _incoming: dict[str, Any] | None
@@ -256,6 +261,7 @@ class MeZO(torch.optim.Optimizer):
         self._bound = None
         self._groups, self._announced, self._flags, self._agreed = [], [], (), None
         self._step, self._skipped, self._warned = 0, 0, False
+        self._flat, self._told = 0, False
         self._window, self._last = (), None
         self._incoming, self._journal = None, None
         self._pending, self._settling, self._tables = [], False, {}
@@ -496,6 +502,15 @@ class MeZO(torch.optim.Optimizer):
                 warnings.warn(f"{message}; such steps are skipped", stacklevel=5)
                 self._warned = True
             terms, coeffs, decay = (), ((),) * len(rates), ()
+        self._flat = self._flat + 1 if finite and len(set(values)) == 1 else 0
+        if self._flat == FLAT and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the last {FLAT} steps had equal losses at all branches, so no direction counted: "
+                f"does the loss come from another model than this optimizer's, or is eps too small "
+                f"for its precision?",
+                stacklevel=5,
+            )
 
         keeps = any(rate.momentum for rate in rates)
         meta: dict[str, Any] = {"loss": math.fsum(values) / len(values) if finite else None}
@@ -900,7 +915,7 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError("resume needs a journal")
         if self._step:
             raise ValueError(f"resume must come before the first step; {self._step} were made")
-        window = []
+        window: list[Past] = []
         for record in journal:
             if not record.seeds:
                 continue
@@ -911,7 +926,9 @@ class MeZO(torch.optim.Optimizer):
                     f"num_directions than {self.seed} and {self.num_directions}"
                 )
             gradients = record.meta.get("gradients")
-            if gradients and record.step >= journal.next_step - self.momentum_window:
+            if not gradients:
+                window.clear()  # a step without momentum forgets those before
+            elif record.step >= journal.next_step - self.momentum_window:
                 window.append(Past(record.step, fresh, tuple(map(tuple, gradients))))
         if self._mask is not None and self._bound is not None:
             journal.replay_(self._bound)
@@ -943,6 +960,8 @@ class MeZO(torch.optim.Optimizer):
         self.__dict__.setdefault("_mask", None)
         self.__dict__.setdefault("fuse_update", False)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("_told", False)
+        self._flat = 0
         self._agreed = None
         self._pending, self._settling, self._tables = [], False, {}
         incoming = dict(self.__dict__.get("_incoming") or {})
