@@ -47,6 +47,14 @@ ZK_DEVICE void forget() { asm volatile("" ::: "memory"); }
 // it costs an instruction, instead of outside, where it costs registers.
 ZK_DEVICE void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
+// a b in one instruction. Left alone nvcc makes a product of 64 by 64 bits of it, and ptxas an
+// addition of zero to the upper half.
+ZK_DEVICE uint64_t wide(uint32_t a, uint32_t b) {
+  uint64_t p;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(p) : "r"(a), "r"(b));
+  return p;
+}
+
 // Every lane of the warp takes part.
 ZK_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, mask);

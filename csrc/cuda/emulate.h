@@ -293,6 +293,7 @@ void wait_copies() {
 }
 
 inline float root(float x) { return sqrtf(x); }
+inline uint64_t wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 inline float one_to_two(uint32_t w) { return bits_float(0x3F800000u | (w >> 9)); }
 inline float half_to_float(uint16_t h) { return fp16_float(h); }
 

@@ -20,9 +20,9 @@ ZK_DEVICE RowState row_state(uint64_t seed, uint32_t row, uint32_t param_id, Str
   RowState s;
   s.k0 = static_cast<uint32_t>(seed);
   s.k1 = static_cast<uint32_t>(seed >> 32);
-  const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * param_id;
+  const uint64_t p1 = dev::wide(kPhiloxM1, param_id);
   const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ row ^ s.k0;
-  const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
+  const uint64_t p0 = dev::wide(kPhiloxM0, c0);
   s.row = {static_cast<uint32_t>(stream) ^ s.k1, static_cast<uint32_t>(p1) ^ (s.k0 + kPhiloxW0),
            static_cast<uint32_t>(p0 >> 32) ^ (s.k1 + kPhiloxW1), static_cast<uint32_t>(p0)};
   return s;
@@ -30,17 +30,17 @@ ZK_DEVICE RowState row_state(uint64_t seed, uint32_t row, uint32_t param_id, Str
 
 // Philox's four words for counter word 0 = c0; equal to philox4x32 of philox.h.
 ZK_DEVICE PhiloxWords philox_words(const RowState& s, uint32_t c0) {
-  const uint64_t p = static_cast<uint64_t>(kPhiloxM0) * c0;
+  const uint64_t p = dev::wide(kPhiloxM0, c0);
   const uint32_t x2 = static_cast<uint32_t>(p >> 32) ^ s.row.stream_key;
-  const uint64_t q = static_cast<uint64_t>(kPhiloxM1) * x2;
+  const uint64_t q = dev::wide(kPhiloxM1, x2);
   uint32_t w0 = static_cast<uint32_t>(q >> 32) ^ s.row.q_key;
   uint32_t w1 = static_cast<uint32_t>(q);
   uint32_t w2 = static_cast<uint32_t>(p) ^ s.row.row_hi;
   uint32_t w3 = s.row.row_lo;
   ZK_UNROLL
   for (uint32_t r = 2; r < static_cast<uint32_t>(kPhiloxRounds); ++r) {
-    const uint64_t a = static_cast<uint64_t>(kPhiloxM0) * w0;
-    const uint64_t b = static_cast<uint64_t>(kPhiloxM1) * w2;
+    const uint64_t a = dev::wide(kPhiloxM0, w0);
+    const uint64_t b = dev::wide(kPhiloxM1, w2);
     w0 = static_cast<uint32_t>(b >> 32) ^ w1 ^ (s.k0 + r * kPhiloxW0);
     w2 = static_cast<uint32_t>(a >> 32) ^ w3 ^ (s.k1 + r * kPhiloxW1);
     w1 = static_cast<uint32_t>(b);
