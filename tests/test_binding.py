@@ -6,10 +6,13 @@ import copy
 import gc
 import io
 import pickle
+import tempfile
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel
 
@@ -176,6 +179,62 @@ def test_sparse_parameters_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_parameters_without_a_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"parameter '0.weight' has no shape yet"):
+        zo.bind(nn.Sequential(nn.LazyLinear(3)))
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_parameters_are_refused(alone: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    for original in (False, True):
+        wrapped = FullyShardedDataParallel(
+            nn.Linear(4, 3), device_id=torch.device("cpu"), use_orig_params=original
+        )
+        with pytest.raises(TypeError, match="is FullyShardedDataParallel, which holds shards"):
+            zo.MeZO(wrapped)
+    model = nn.Linear(4, 3)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"parameter 'weight' is a DTensor; .* no shards"):
+        zo.MeZO(model)
+
+
+def test_a_model_that_is_being_evaluated_says_so() -> None:
+    model = nn.Linear(4, 3)
+    optimizer, binding = zo.MeZO(model, lr=0.1), zo.bind(model)
+    batch = torch.randn(2, 4)
+    uses = [
+        lambda: zo.MeZO(model),
+        lambda: zo.bind(model),
+        lambda: optimizer.step(batch, lambda m, x: m(x).sum()),
+        lambda: optimizer.step(lambda: model(batch).sum()),
+        lambda: binding.apply_([1], [0.1]),
+        lambda: binding.snapshot(),
+        lambda: zo.Displacement([1], [0.1]).apply_(model),
+    ]
+    before = copy.deepcopy(model.state_dict())
+    with zo.displaced(model, [1], [0.1]):
+        for use in uses:
+            with pytest.raises(RuntimeError, match="is already active"):
+                use()
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert optimizer.num_steps == 0
+
+
 def test_scripted_modules_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3)))
     with pytest.raises(TypeError, match=r"module '1' is TorchScript.*before scripting"):

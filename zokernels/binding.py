@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zokernels._checks import DTYPES
 from zokernels.masks import Mask
@@ -39,6 +40,8 @@ BUSY = (
     "nest and do not run on several threads"
 )
 
+_AGAIN = "bind the model again (a new optimizer can load the state of the old one)"
+
 
 class Binding(Subset):
     """The trainable parameters of ``model``, checked and identified: the trained subset.
@@ -54,8 +57,8 @@ class Binding(Subset):
         ValueError: no parameter is selected, a name is unknown, two names share an id, or a
             selected parameter is on the meta device (not loaded, or offloaded).
         MaskMismatchError: the mask has parameters that the model has not, or of other shapes.
-        TypeError: a selected parameter is not float32, bfloat16 or float16, or a module is
-            TorchScript.
+        TypeError: a selected parameter is not float32, bfloat16 or float16, or no plain tensor (a
+            shard), or a module is TorchScript or FullyShardedDataParallel.
     """
 
     def __init__(
@@ -87,6 +90,11 @@ class Binding(Subset):
                 raise TypeError(
                     f"module {path or type(self.model).__name__!r} is TorchScript, whose "
                     f"parameters cannot be exchanged: bind the model before scripting"
+                )
+            if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+                raise TypeError(
+                    f"module {path or type(self.model).__name__!r} is FullyShardedDataParallel, "
+                    f"which holds shards of parameters: every process needs them whole"
                 )
             for key, parameter in module._parameters.items():
                 if parameter is not None:
@@ -126,12 +134,15 @@ class Binding(Subset):
 
         Raises:
             ModelChangedError: a parameter was replaced, resized, moved or converted.
+            RuntimeError: an evaluation of the model is active.
         """
+        if self.lock.locked():
+            raise RuntimeError(BUSY)
         self.pending.settle()
         for holder, key, child in self._children:
             if holder.get(key) is not child:
                 raise ModelChangedError(
-                    f"module {key!r} was replaced after the model was bound: bind the model again"
+                    f"module {key!r} was replaced after the model was bound: {_AGAIN}"
                 )
         for p in self.params:
             if (
@@ -142,13 +153,12 @@ class Binding(Subset):
                 raise ModelChangedError(
                     f"parameter {p.name!r} was {tuple(p.shape)} {p.dtype} on {p.device} when the "
                     f"model was bound and is {tuple(p.tensor.shape)} {p.tensor.dtype} on "
-                    f"{p.tensor.device} now: bind the model again"
+                    f"{p.tensor.device} now: {_AGAIN}"
                 )
             for place, key in p.places:
                 if place.get(key) is not p.tensor:
                     raise ModelChangedError(
-                        f"parameter {p.name!r} was replaced after the model was bound: bind the "
-                        f"model again"
+                        f"parameter {p.name!r} was replaced after the model was bound: {_AGAIN}"
                     )
 
 
@@ -184,6 +194,13 @@ def _no_params_with_mask(params: Selection) -> None:
 def _check_parameter(name: str, parameter: Tensor) -> None:
     if getattr(parameter, "is_stand_in", False):
         raise RuntimeError(BUSY)  # a part of a model that is being evaluated
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"parameter {name!r} has no shape yet: run the model once before binding")
+    if is_traceable_wrapper_subclass(parameter):
+        raise TypeError(
+            f"parameter {name!r} is a {type(parameter).__name__}; trainable parameters must be "
+            f"plain tensors, no shards (of FSDP or tensor parallelism) and not quantised"
+        )
     if parameter.device.type == "meta":
         raise ValueError(
             f"parameter {name!r} is on the meta device (not loaded, or offloaded): load it before "

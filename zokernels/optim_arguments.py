@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zokernels.binding import Binding, unwrap
+from zokernels.binding import BUSY, Binding, unwrap
 from zokernels.masks import Mask
 from zokernels.subset import fp32
 
@@ -38,6 +38,8 @@ def sources(
         else:
             named = [(n, p) for n, p in whole.named_parameters() if p.requires_grad]
         if not named:
+            if any(getattr(p, "is_stand_in", False) for p in whole.parameters()):
+                raise RuntimeError(BUSY)
             raise ValueError("the model has no trainable parameter (requires_grad)")
         return whole, [{"params": named}]
     holder = None if model is None else unwrap(model)
