@@ -123,6 +123,8 @@ inline void fence_barriers() {
     if (b.maker == thread()) b.fenced = true;
 }
 
+inline void fence_copies() {}  // seen by tests/ptx alone
+
 inline emulate::BarrierState& barrier_state(Barrier* b) {
   auto& all = emulate::hopper().barriers;
   const auto found = all.find(shared_address(b));

@@ -106,6 +106,8 @@ ZK_DEVICE void make_barrier(Barrier* b, int arrivals) {
 ZK_DEVICE void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+// Before a thread says that shared memory it read or wrote itself may be copied to or multiplied.
+ZK_DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 ZK_DEVICE void arrive(Barrier* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }

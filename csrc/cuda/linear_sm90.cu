@@ -260,6 +260,9 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
     draw(slice + 1, 0);
     dev::wait_products<0>();
     if (slice % 2) {  // the half panel has been used: another takes its place
+      // All lanes read weights there, by other means than the copy that will write.
+      dev::fence_copies();
+      dev::warp_barrier();
       if (lane == 0) dev::arrive(empty + stage);
       if (dev::thread() == 0 && h0 + turn + kStages < h1) {
         dev::wait(empty + stage, parity);

@@ -1,7 +1,7 @@
 """The CUDA backend's own launches on CPU tensors, with nvcc's PTX in place of a device.
 
-The sources are built twice: for the host, where ``launch_hook.h`` takes each launch, and to PTX.
-The binding and the Python adapter are those of the GPU.
+The sources are built twice: for the host, where ``launch_hook.h`` takes each launch and what the
+driver is asked for, and to PTX. The binding and the Python adapter are those of the GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ptx import tensors
 from ptx.machine import launch
 from ptx.memory import GlobalMemory
 from ptx.parser import Kernel, PTXError, parse
+from ptx.tma import MAP_BYTES, TensorMap
 from zokernels._cuda_ops import Native
 
 HERE = Path(__file__).parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-# By wgmma and TMA, which are not emulated here.
-SOURCES = [s for s in sorted(cuda_emulated.SOURCES.glob("*.cu")) if "sm90" not in s.name]
+SOURCES = sorted(cuda_emulated.SOURCES.glob("*.cu"))
 _FLAGS = re.search(
     r"COMPILE_LANGUAGE:CUDA>:([^$]+);--threads",
     (cuda_emulated.ROOT / "csrc" / "CMakeLists.txt").read_text(),
@@ -39,12 +39,24 @@ _HOOK = ctypes.CFUNCTYPE(
     *[ctypes.c_void_p, *[ctypes.c_int64] * 5],
     *[ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64), ctypes.c_int64],
 )
+_ENCODE = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    *[ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p],
+    *[ctypes.POINTER(ctypes.c_uint64)] * 2,
+    *[ctypes.POINTER(ctypes.c_uint32)] * 2,
+    *[ctypes.c_int] * 4,
+)
+_INVALID_VALUE = 1
 
 
 def to_ptx(source: Path, output: Path) -> None:
-    """Compile to PTX for compute capability 8.0 with the flags of the build."""
+    """Compile to PTX with the flags of the build: for Hopper where nothing else will do.
+
+    What other sources become for 9.0a is, line by line, what they become for 8.0.
+    """
     assert NVCC and _FLAGS
-    command = [NVCC, "-std=c++17", *_FLAGS.group(1).split(";"), "-arch=compute_80", "-ptx"]
+    arch = "90a" if "sm90" in source.name else "80"
+    command = [NVCC, "-std=c++17", *_FLAGS.group(1).split(";"), f"-arch=compute_{arch}", "-ptx"]
     done = subprocess.run(
         [*command, "-o", str(output), str(source)], capture_output=True, text=True
     )
@@ -69,6 +81,10 @@ class Backend:
         self._hook = _HOOK(self._launch)  # kept: the library calls it
         hook = ctypes.c_void_p.in_dll(self._library, "zk_launch_hook")
         hook.value = ctypes.cast(self._hook, ctypes.c_void_p).value
+        self._encoder = _ENCODE(self._encode)
+        encoder = ctypes.c_void_p.in_dll(self._library, "zk_encode_hook")
+        encoder.value = ctypes.cast(self._encoder, ctypes.c_void_p).value
+        self.refused = ""  # why a tensor map was, the last time
         symbols = subprocess.run(["nm", str(self.path)], capture_output=True, text=True, check=True)
         places = {
             name: int(at, 16)
@@ -85,6 +101,31 @@ class Backend:
         for text in sorted(self.folder.glob("*.ptx")):
             found |= {plain(name): k for name, k in parse(text.read_text()).items()}
         return found
+
+    def _encode(
+        self,
+        to: int,
+        kind: int,
+        rank: int,
+        address: int,
+        sizes: ctypes._Pointer[ctypes.c_uint64],
+        strides: ctypes._Pointer[ctypes.c_uint64],
+        box: ctypes._Pointer[ctypes.c_uint32],
+        steps: ctypes._Pointer[ctypes.c_uint32],
+        *modes: int,
+    ) -> int:
+        """``cuTensorMapEncodeTiled``."""
+        found = TensorMap(
+            address,
+            *(tuple(sizes[:rank]), tuple(strides[: rank - 1])),
+            *(tuple(box[:rank]), tuple(steps[:rank])),
+            *(kind, *modes),
+        )
+        self.refused = found.wrong() or ("" if to % 64 == 0 else "a map at a multiple of 64 bytes")
+        if self.refused:
+            return _INVALID_VALUE
+        ctypes.memmove(to, found.packed(), MAP_BYTES)
+        return 0
 
     def _launch(
         self,
@@ -125,6 +166,7 @@ class Backend:
             bytes(parameters),
             GlobalMemory(tensors.living()),
             dynamic_shared=shared,
+            loose=True,
         )
 
 
@@ -136,6 +178,13 @@ def _digest() -> str:
     for path in (HERE / "launch_hook.h", Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _headers() -> Path:
+    """Of the toolkit."""
+    assert NVCC
+    places = [Path(NVCC).resolve().parents[1] / "include", Path("/usr/local/cuda/include")]
+    return next(p for p in places if (p / "cuda.h").exists())
 
 
 @functools.cache
@@ -152,6 +201,7 @@ def built() -> Backend:
                 folder / "partial.so",
                 *("-include", str(HERE / "launch_hook.h")),
                 *("-Dzokernels_cuda_emulated=zokernels_cuda_ptx", "-O0"),
+                *("-isystem", str(_headers()), "-Wno-unused-parameter"),
             )
             (folder / "partial.so").rename(library)
     return Backend(folder)

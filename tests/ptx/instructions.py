@@ -100,8 +100,8 @@ class Parts:
         if number is not None:
             return lambda m: number
         if text in self.compiler.kernel.shared:
-            at = bits(self.compiler.kernel.shared[text])
-            return lambda m: at
+            at = self.compiler.kernel.shared[text]
+            return lambda m: bits(m.shared_start + at)
         for p in self.compiler.kernel.parameters:
             if p.name == text:
                 offset = bits(p.offset)

@@ -1,7 +1,7 @@
 """Runs a grid: every thread is a lane of NumPy vectors, the one that is furthest behind goes first.
 
-Threads at the same basic block go together, those furthest up in the program before the others,
-until all have ended or wait at a barrier. That is one order of those the manual allows; what
+Threads at the same basic block go together, those furthest up in the program before the others, but
+none through a loop again before those inside it, until all have ended or wait at a barrier. That is one order of those the manual allows; what
 another order would change is found by :class:`ptx.memory.Watch`, or for kernels with asynchronous
 units and barriers in memory by :class:`ptx.order.SharedWatch`.
 """
@@ -70,7 +70,7 @@ class Machine:
         first: int,
         blocks: int,
         parameters: bytes,
-        shared_bytes: int,
+        shared: tuple[int, int],
         memory: GlobalMemory,
         clock: Clock,
         races: bool,
@@ -85,8 +85,9 @@ class Machine:
         self.registers: list[Array] = [None] * len(_registers(kernel))
         self.mask: Array | None = None  # None: all
         self._active: Array | None = None
-        bytes_ = -(-shared_bytes // 16) * 16
-        self.shared_bytes = bytes_
+        self.shared_start, end = shared
+        bytes_ = -(-end // 16) * 16
+        self.shared_bytes = bytes_  # from address 0 on
         # Not a number, whatever the type.
         self.shared = np.full(blocks * bytes_, 0xFF, np.uint8)
         self.flying = np.zeros(blocks * bytes_, bool)  # targets of asynchronous copies
@@ -112,6 +113,8 @@ class Machine:
         self.copies: list[Copy] = []
         self.group = np.zeros(n, np.int64)  # the open one of each thread
         self.pending: dict[int, Array] = {0: np.ones(n, bool)}
+        self.running = 0
+        self.latest: dict[int, float] = {}  # heads of loops -> behind the loop's last block
         self.waiting: dict[int, Array] = {}
         self.at: Instruction | None = None
 
@@ -242,10 +245,11 @@ class Machine:
     def shared_at(self, address: Array, size: int, lanes: Array) -> Array:
         """Where in ``self.shared`` these lanes' addresses are."""
         at = address.astype(np.int64)
-        outside = (at < 0) | (at + size > self.shared_bytes)
+        outside = (at < self.shared_start) | (at + size > self.shared_bytes)
         if outside.any():
             raise self.error(
-                f"shared address {int(at[outside][0])} is outside {self.shared_bytes} bytes",
+                f"shared address {int(at[outside][0]) - self.shared_start} is outside"
+                f" {self.shared_bytes - self.shared_start} bytes",
                 lanes[outside],
             )
         self._aligned(address, size)
@@ -341,6 +345,8 @@ class Machine:
 
     def go(self, block: int, mask: Array) -> None:
         if mask.any():
+            if block <= self.running:  # once more through a loop: after those still inside it
+                self.latest[block] = max(self.running + 0.5, self.latest.get(block, 0.0))
             found = self.pending.get(block)
             self.pending[block] = mask if found is None else found | mask
 
@@ -440,7 +446,8 @@ class Machine:
         while self.pending or self.waiting or self.parked or self.half_warps:
             if not self.pending:
                 self._next()
-            number = min(self.pending)
+            number = min(self.pending, key=lambda block: self.latest.get(block, block))
+            self.running = number
             mask = self.pending.pop(number)
             mask_or_all = None if mask.all() else mask
             self.narrow(mask_or_all)
@@ -606,6 +613,7 @@ def launch(
     memory: GlobalMemory,
     *,
     dynamic_shared: int = 0,
+    loose: bool = False,
     races: bool = True,
 ) -> None:
     """Run a grid.
@@ -613,6 +621,8 @@ def launch(
     Args:
         parameters: the bytes of ``.param`` space.
         dynamic_shared: bytes of the ``.extern`` array.
+        loose: shared memory is aligned to what its variables ask for and not more; else it begins
+            at 0, as compilers rely on that know how a GPU places it.
         races: look for accesses to shared and global memory that nothing orders.
 
     Raises:
@@ -628,7 +638,8 @@ def launch(
     total = grid[0] * grid[1] * grid[2]
     clock = Clock(total, threads)
     each = max(1, (_LANES_ORDERED if kernel.code["units"] else _LANES) // threads)
-    shared = kernel.shared_bytes + dynamic_shared
+    start = 1024 + kernel.shared_align if loose else 0
+    shared = start, start + kernel.shared_bytes + dynamic_shared
     with np.errstate(all="ignore"):
         for first in range(0, total, each):
             blocks = min(each, total - first)

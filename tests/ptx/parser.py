@@ -40,7 +40,8 @@ class Kernel:
             first try whether a barrier in memory has opened.
         targets: label -> number of the block it begins.
         registers: name -> type, or prefix -> type for ``%r<17>``.
-        shared: static variable -> offset; dynamic: name of the ``.extern`` array, behind them.
+        shared: static variable -> offset; dynamic: name of the ``.extern`` array, behind them;
+            shared_align: what all of them are promised.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kernel:
     shared: dict[str, int]
     shared_bytes: int
     dynamic: str | None = None
+    shared_align: int = 16
     threads: int | None = None
     code: dict[str, object] = field(default_factory=dict)  # what the machine compiled
 
@@ -114,12 +116,14 @@ class _Scope:
     shared: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     dynamic: str | None = None
+    align: int = 16
 
     def variable(self, statement: str) -> bool:
         found = _VARIABLE.match(statement)
         if not found:
             return False
         extern, align, kind, name, count = found.groups()
+        self.align = max(self.align, int(align or 1))
         if extern:
             self.dynamic = name
         else:
@@ -151,7 +155,7 @@ def _parameters(text: str) -> list[Parameter]:
 
 
 def _kernel(header: re.Match[str], body: str, module: _Scope, line: int) -> Kernel:
-    own = _Scope(dict(module.shared), module.bytes, module.dynamic)
+    own = _Scope(dict(module.shared), module.bytes, module.dynamic, module.align)
     name = header.group(1)
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", header.group(3))
     kernel = Kernel(
@@ -199,7 +203,7 @@ def _kernel(header: re.Match[str], body: str, module: _Scope, line: int) -> Kern
             at = stop + 1
             if statement:
                 _statement(kernel, statement, here, scopes, inner, own)
-    kernel.shared, kernel.dynamic = own.shared, own.dynamic
+    kernel.shared, kernel.dynamic, kernel.shared_align = own.shared, own.dynamic, own.align
     kernel.shared_bytes = -(-own.bytes // 16) * 16
     if kernel.dynamic:
         kernel.shared[kernel.dynamic] = kernel.shared_bytes

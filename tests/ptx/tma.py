@@ -132,7 +132,7 @@ class Boxes:
         if barrier.fenced_at is None or seen.generic[made_by] < barrier.fenced_at:
             raise m.error("a barrier that was not fenced since it was made")
         size = int(np.prod(map_.box)) * map_.unit
-        if to % 128 or to < 0 or to + size > m.shared_bytes:
+        if to % 128 or to < m.shared_start or to + size > m.shared_bytes:
             raise m.error(f"a box of {size} bytes to {to}, of {m.shared_bytes}; multiples of 128")
         cells = swizzled(to + np.arange(size), map_.swizzle) + block * m.shared_bytes
         if m.flying[cells].any():

@@ -223,7 +223,7 @@ def _product(p: Parts) -> Step:
             at = addresses(descriptor, rows, depth, unit, bool(turned))
         except PTXError as error:
             raise m.error(str(error)) from None
-        if at.min() < 0 or at.max() + unit > m.shared_bytes:
+        if at.min() < m.shared_start or at.max() + unit > m.shared_bytes:
             raise m.error("a factor outside of shared memory")
         flat = at + block * m.shared_bytes
         return Factor(flat, shared(m, flat))
