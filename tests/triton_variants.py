@@ -46,7 +46,7 @@ _TYPES = {
     "starts": "*i64",
     "values": "*fp32",
 }
-_ALIGNED = set("x_m x_g x_c w_r out_g out_r plain_g fan_in fan_out cols skip stride".split())
+_ALIGNED = set("x_m x_g x_c w_r out_g out_r plain_g fan_in fan_out cols skip width".split())
 _UNIT = {"w_c", "out_c"}
 
 
@@ -98,7 +98,7 @@ def compile_for(variant: Variant, capability: int) -> Machine:
         else:
             signature[name] = variant.types.get(name, _TYPES.get(name, "i32"))
             free = variant.kernel.params[i].do_not_specialize
-            if signature[name].startswith("*") or (name in _ALIGNED and not free):
+            if (signature[name].startswith("*") or name in _ALIGNED) and not free:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constants, attributes)
     options = {
@@ -185,7 +185,7 @@ def _product(
 # Triton compiles an integer argument that is 1 into the kernel.
 _ONES = (
     "count rows cols groups group0 skip row0 param_id terms branches out_g out_r w_r x_m tokens "
-    "fan_in fan_out steps run size splits chunk chunks start width vocab stride pieces tiles "
+    "fan_in fan_out steps run size splits chunk chunks start width vocab pieces tiles "
     "programs numel stride_r plain_g x_g x_t x_c ids_g"
 ).split()
 
@@ -336,7 +336,6 @@ def _sparse() -> list[Variant]:
                         "TOKENS": 64 if turned else 16,
                         "STEP": 4,
                         "TURNED": turned,
-                        "IN_PLACE": turned,
                         "BIAS": not turned,
                     },
                     data,

@@ -255,6 +255,7 @@ def update_(
             copies.append((p, matrix))
         matrices.append(matrix)
     gaussian = distribution == "gaussian"
+    ends = ends if seeds.numel() > 1 else None  # one term is the last
     # Smaller tiles for float16: with larger ones Triton 3.9 puts a mask on the stack on sm_100.
     half = gaussian and any(m.dtype == torch.float16 for m in matrices)
     rows = TILE_ROWS // 2 if half else TILE_ROWS
@@ -466,10 +467,11 @@ def _fused(
     target = y
     if splits > 1:
         target = torch.empty((splits, *y.shape), dtype=torch.float32, device=y.device)
+    added = bias if splits == 1 else None  # else with the sum of the parts
     meta: dict[str, Any] = {
         "COEFFS": 0 if terms == 1 else _power(coeffs.numel()),
         "SHARED": shared,
-        "BIAS": bias is not None,
+        "BIAS": added is not None,
         "MODE": 0 if splits == 1 else 1,
         "GAUSSIAN": distribution == "gaussian",
         "PRECISION": _precision(w.dtype),
@@ -480,7 +482,7 @@ def _fused(
             launch(
                 _linear.conv1d_kernel,
                 (groups, cdiv(rows, tiles.rows), splits),
-                *(target, x, w, y if bias is None else bias, seeds, coeffs),
+                *(target, x, w, coeffs if added is None else added, seeds, coeffs),
                 *(rows, tokens, fan_in, fan_out, branches, terms),
                 *place,
                 run * tiles.columns,
@@ -500,7 +502,7 @@ def _fused(
             launch(
                 _linear.linear_kernel,
                 (cdiv(fan_out, tiles.outputs), cdiv(rows, tiles.rows), splits),
-                *(target, x, w, y if bias is None else bias, seeds, seeds, coeffs),
+                *(target, x, w, coeffs if added is None else added, seeds, seeds, coeffs),
                 *(rows, tokens, fan_in, fan_out, branches, terms, steps),
                 *place,
                 run,
@@ -517,7 +519,8 @@ def _fused(
             launch(
                 _linear.reduce_kernel,
                 (cdiv(y.numel(), 1024),),
-                *(y, target, y if bias is None else bias, y.numel(), tokens, fan_out, splits),
+                *(y, target, coeffs if bias is None else bias),
+                *(y.numel(), tokens, fan_out, splits),
                 BLOCK=1024,
                 BIAS=bias is not None,
             )
@@ -624,6 +627,7 @@ def _product(
     branches = coeffs.shape[0]
     fan_in, fan_out = w.shape if transposed else (w.shape[1], w.shape[0])
     lead = x.shape[:-1] if shared else x.shape[1:-1]
+    shared = shared and branches > 1  # one branch is the same either way, and one kernel
     tokens = lead.numel()
     y = x.new_empty((branches, tokens, fan_out))
     flat = x.reshape(-1, fan_in) if fan_in else x.reshape(x.shape[:-1].numel(), 0)
@@ -688,6 +692,7 @@ def linear_cross_entropy(
     if not INTERPRETED:
         FLAGS.look(w.device)
     branches, (vocab, hidden), tokens = coeffs.shape[0], w.shape, targets.numel()
+    shared = shared and branches > 1
     losses = torch.zeros((branches, tokens), dtype=torch.float32, device=w.device)
     if losses.numel():
         flat = x.reshape(-1, hidden)
@@ -752,7 +757,7 @@ def _fused_statistics(
         launch(
             _linear.linear_kernel,
             (pieces, cdiv(rows, tiles.rows), 1),
-            *(found, x, w, found if bias is None else bias, targets, seeds, coeffs),
+            *(found, x, w, coeffs if bias is None else bias, targets, seeds, coeffs),
             *(rows, tokens, w.shape[1], vocab, branches, terms, steps),
             *(col_offset // 256, skip, row_offset, signed32(param_id), steps, x.stride(0)),
             *w.stride(),
@@ -789,7 +794,9 @@ def _chunk_statistics(
     branches, tokens, vocab = coeffs.shape[0], targets.numel(), w.shape[0]
     rows = branches * tokens
     scratch_rows = _fallback_chunk(w, branches)
-    chunk = max(1, min(vocab, scratch_rows, max(256, _LOGITS // (4 * rows))))
+    # Rows of whole runs of 16: they are read 16 bytes at a time, by one kernel for every chunk.
+    most = min(scratch_rows, max(256, _LOGITS // (4 * rows)))
+    chunk = max(1, min(vocab, cdiv(most, 16) * 16))
     chunks = cdiv(vocab, chunk)
     found = torch.empty((3, chunks, rows), dtype=torch.float32, device=w.device)
     xs = [x] * branches if shared else list(x.view(branches, tokens, -1))
@@ -799,15 +806,16 @@ def _chunk_statistics(
             *(w[start:stop], seeds, coeffs, param_id, row_offset + start, col_offset),
             *(distribution, "nearest", None),
         )
-        logits = torch.empty((branches, tokens, stop - start), dtype=torch.float32, device=w.device)
+        width = cdiv(stop - start, 16) * 16
+        logits = torch.empty((branches, tokens, width), dtype=torch.float32, device=w.device)
         for g in range(branches):
-            _float32_product(xs[g], part[g].t(), logits[g])
+            _float32_product(xs[g], part[g].t(), logits[g, :, : stop - start])
         with device_guard(w):
             launch(
                 _loss.logits_kernel,
                 (rows,),
                 *(found, logits, found if bias is None else bias, targets, i, chunks, start),
-                *(stop - start, rows, tokens, vocab, stop - start),
+                *(width, rows, tokens, vocab),
                 BLOCK=1024,
                 BIAS=bias is not None,
             )

@@ -32,7 +32,7 @@ from zokernels.triton.noise import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "rows", "groups", "group0", "row0", "param_id"])
 def sample_kernel(
     out,
     seed,
@@ -67,8 +67,11 @@ def sample_kernel(
         tl.store(out + r * cols + col, z[j], mask=(r < rows) & (col >= 0) & (col < cols))
 
 
-# Every batch and parameter would compile it again.
-@triton.jit(do_not_specialize=["count", "rows", "group0", "row0", "param_id", "branches"])
+# What the code is no better for knowing: every batch and parameter would compile it again.
+_FREE = "seeds coeffs count rows groups group0 row0 param_id terms branches".split()
+
+
+@triton.jit(do_not_specialize=_FREE)
 def displace_kernel(
     out,
     w,

@@ -115,11 +115,14 @@ def _updated(
     return new
 
 
-# Numbers that the code is no better for knowing: every batch and parameter would compile it again.
-_FREE = ["rows", "tokens", "branches", "steps", "group0", "row0", "param_id", "run"]
+# What the code is no better for knowing: every batch and parameter would compile it again.
+_FREE = "bias seeds coeffs rows tokens branches group0 row0 param_id run".split()
+_MORE = "targets steps pending_seeds pending_coeffs pending_decay".split()
+# One term is a kernel of its own, all other numbers of terms share one.
+_TERMS = ["terms"]
 
 
-@triton.jit(do_not_specialize=_FREE)
+@triton.jit(do_not_specialize=[*_FREE, *_MORE], do_not_specialize_on_alignment=_TERMS)
 def linear_kernel(
     y,  # [G tokens, out]; float32 [splits, G tokens, out]; or float32 [3, tiles, G tokens]
     x,
@@ -270,7 +273,7 @@ def _softmax_statistics(y, logits, targets, own, n, m, rows, tokens, vocab, outp
     tl.store(place + 2 * tiles * outputs, picked, mask=m < rows)
 
 
-@triton.jit(do_not_specialize=[name for name in _FREE if name != "steps"])
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_TERMS)
 def conv1d_kernel(
     y,
     x,
@@ -381,7 +384,7 @@ def conv1d_kernel(
                 tl.store(place, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["size", "tokens", "splits"])
+@triton.jit(do_not_specialize=["bias", "size", "tokens", "fan_out", "splits"])
 def reduce_kernel(
     y,
     partial,  # float32 [splits, rows, out]

@@ -14,11 +14,14 @@ import triton.language as tl
 
 from zokernels.triton.noise import number, wide
 
+# What the code is no better for knowing: every batch and model would compile it again.
+_FREE = "targets rows tokens vocab".split()
 
-@triton.jit(do_not_specialize=["chunk", "chunks", "start", "rows", "tokens"])
+
+@triton.jit(do_not_specialize=[*_FREE, "bias", "chunk", "chunks", "start"])
 def logits_kernel(
     statistics,  # float32 [3, chunks, rows]
-    logits,  # [rows, width]
+    logits,  # [rows, width]; columns beyond the vocabulary do not count
     bias,  # [G, vocabulary] or nothing
     targets,
     chunk,
@@ -28,7 +31,6 @@ def logits_kernel(
     rows,
     tokens,
     vocab,
-    stride,
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
 ):
@@ -43,10 +45,11 @@ def logits_kernel(
     broken = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, width, BLOCK):
         v = first + i
-        inside = v < width
-        x = wide(tl.load(logits + row * stride + v, mask=inside, other=float("-inf")))
+        x = wide(tl.load(logits + row * width + v, mask=v < width, other=0.0))
+        inside = (v < width) & (start + v < vocab)
         if BIAS:
             x += wide(tl.load(bias + branch * vocab + start + v, mask=inside, other=0.0))
+        x = tl.where(inside, x, float("-inf"))
         nan = x != x
         broken = broken | nan.to(tl.int32)
         x = tl.where(nan, float("-inf"), x)
@@ -65,7 +68,7 @@ def logits_kernel(
     tl.store(place + 2 * number(chunks, tl.int64) * rows, tl.sum(picked, axis=0))
 
 
-@triton.jit(do_not_specialize=["pieces", "rows", "tokens", "ignore_index"])
+@triton.jit(do_not_specialize=[*_FREE, "pieces", "ignore_index"])
 def join_kernel(
     losses,  # float32 [rows]
     statistics,  # float32 [3, pieces, rows]

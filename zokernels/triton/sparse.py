@@ -75,8 +75,13 @@ def _masked(
     return there, held, tl.where(same, shade, held)
 
 
-# Where the vector begins and ends says nothing that the compiler could use.
-@triton.jit(do_not_specialize=["count", "group0", "skip", "param_id"])
+# What the code is no better for knowing: every list and parameter would compile it again.
+_FREE = "seeds coeffs count numel cols stride_r group0 skip param_id".split()
+# One term is a kernel of its own, all other numbers of terms share one.
+_TERMS = ["terms"]
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_TERMS)
 def sparse_displace_kernel(
     out,  # float32 [G, count]
     w,
@@ -135,7 +140,7 @@ def sparse_displace_kernel(
         tl.store(first + at, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seeds", "coeffs", "decay"], do_not_specialize_on_alignment=_TERMS)
 def sparse_update_kernel(
     table,
     owners,
@@ -194,7 +199,7 @@ def sparse_update_kernel(
         tl.store(places, narrow(nearest(acc[j], dtype), dtype), mask=there)
 
 
-@triton.jit(do_not_specialize=["count", "tokens"])
+@triton.jit(do_not_specialize=["bias", "count", "tokens", "in_place"])
 def correct_kernel(
     out,  # [G, tokens, fan_out], rows contiguous
     plain,  # [G, tokens, fan_out], or [tokens, fan_out] with plain_g = 0
@@ -206,6 +211,7 @@ def correct_kernel(
     tokens,
     fan_out,
     count,
+    in_place,  # out is plain
     out_g,
     plain_g,
     x_g,
@@ -215,7 +221,6 @@ def correct_kernel(
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,  # elements of an output at once
     TURNED: tl.constexpr,  # tokens lie next to each other and end with a whole tile
-    IN_PLACE: tl.constexpr,  # out is plain
     BIAS: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
@@ -238,15 +243,15 @@ def correct_kernel(
                 v = tl.load(places, mask=(e < stop) & (t < tokens), other=0.0)
             acc = tl.fma(d, wide(v), acc)
     here = (o < fan_out) & (t < tokens)
-    if IN_PLACE and not BIAS:
-        here = here & (longest[:, None] > 0)  # else nothing to add
+    if not BIAS:
+        here = here & ((longest[:, None] > 0) | (in_place == 0))  # else nothing to add
     y = wide(tl.load(plain + g * plain_g + t * fan_out + o, mask=here, other=0.0)) + acc
     if BIAS:
         y += wide(tl.load(bias + g * fan_out + o, mask=o < fan_out, other=0.0))
     tl.store(out + g * out_g + t * fan_out + o, narrow(nearest(y, dtype), dtype), mask=here)
 
 
-@triton.jit(do_not_specialize=["count", "tokens"])
+@triton.jit(do_not_specialize=["ids", "count", "tokens", "rows", "ids_g"])
 def rows_kernel(
     out,  # [G, tokens, cols]
     w,

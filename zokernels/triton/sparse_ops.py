@@ -266,14 +266,13 @@ def _correct(
             (cdiv(fan_out, _OUTPUTS), cdiv(some.shape[1], tile), branches),
             *(y[:, part], plain[:, part], some, y if bias is None else bias),
             *(difference, by_output.source, by_output.starts),
-            *(some.shape[1], fan_out, count, y.stride(0)),
+            *(some.shape[1], fan_out, count, int(y is plain), y.stride(0)),
             *[0 if t.shape[0] == 1 else t.stride(0) for t in (plain, some)],
             *some.stride()[1:],
             OUT=_OUTPUTS,
             TOKENS=tile,
             STEP=_STEP,
             TURNED=turn,
-            IN_PLACE=y is plain,
             BIAS=bias is not None,
         )
 

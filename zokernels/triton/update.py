@@ -103,7 +103,13 @@ def _inside(there, j: tl.constexpr, first, last):
     return there & (at >= first) & (at < last)
 
 
-@triton.jit
+# One term is a kernel of its own, all other numbers of terms share one.
+_TERMS = ["terms"]
+
+
+@triton.jit(
+    do_not_specialize=["seeds", "coeffs", "decay", "ends"], do_not_specialize_on_alignment=_TERMS
+)
 def update_kernel(
     table,
     owners,
@@ -166,7 +172,9 @@ def update_kernel(
         tl.store(places + step * j, narrow(acc[j], dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["seeds", "coeffs", "branches"], do_not_specialize_on_alignment=_TERMS
+)
 def vectors_kernel(
     out,
     table,
@@ -206,7 +214,9 @@ def vectors_kernel(
             tl.store(made + 64 * (4 * half + j), acc[j], mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["partial", "seeds", "tiles", "run"], do_not_specialize_on_alignment=_TERMS
+)
 def project_kernel(
     partial,  # float64 [programs, terms]
     table,
@@ -257,7 +267,7 @@ def project_kernel(
         tl.store(partial + program * terms + k, value, mask=k < terms)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "terms"])
 def project_sum_kernel(out, partial, programs, terms, BLOCK: tl.constexpr):
     """``out[k] = sum over programs of partial[:, k]``, in a fixed order, rounded once."""
     k = tl.program_id(0)
