@@ -437,6 +437,31 @@ def test_the_journal_is_the_saved_file(tmp_path: Path) -> None:
     assert same(start, weights(net))
 
 
+def test_a_closed_journal_takes_no_steps(tmp_path: Path) -> None:
+    net = model()
+    with Trajectory.open(tmp_path / "journal.zo") as journal:
+        opt = MeZO(net, lr=1e-2, journal=journal)
+        opt.step(BATCH, loss_fn)
+    start = weights(net)
+    with pytest.raises(TrajectoryError, match=r"journal.zo is closed: open it again"):
+        opt.step(BATCH, loss_fn)
+    with pytest.raises(TrajectoryError, match="is closed"):
+        journal.truncate(0)
+    net[0].requires_grad_(False)
+    with pytest.raises(TrajectoryError, match="is closed"):
+        MeZO(net, journal=journal)  # a layout of its own
+    net[0].requires_grad_(True)
+    assert same(start, weights(net)) and opt.num_steps == len(journal) == 1
+    assert journal == Trajectory.load(tmp_path / "journal.zo")
+    opt.journal = copy.deepcopy(journal)  # lives in memory
+    opt.step(BATCH, loss_fn)
+    with Trajectory.open(tmp_path / "journal.zo") as again:
+        again.append(1, opt.journal[1].seeds, opt.journal[1].coeffs)
+        opt.journal = again
+        opt.step(BATCH, loss_fn)
+    assert len(Trajectory.load(tmp_path / "journal.zo")) == 3
+
+
 def test_truncate_and_undo(tmp_path: Path) -> None:
     path = tmp_path / "journal.zo"
     net = model(torch.bfloat16)

@@ -84,6 +84,7 @@ class Trajectory:
         self.pending: Callable[[], None] | None = None
         self.path: Path | None = None
         self._file: FileIO | None = None
+        self._closed = False  # a journal whose file takes no more records
         self._sync = False
         # Where the file ends and the checksum there; and the same before each step's record.
         self._tail = Mark(0, 0)
@@ -115,6 +116,8 @@ class Trajectory:
             if had != now:
                 raise TrajectoryError(f"the trajectory has {label} {had!r}; got {now!r}")
         self._check_layout(layout)
+        if not self.layouts or self.layouts[-1] != layout:
+            self._check_open()
         if self.distribution is None:
             if self._file is not None:
                 self._start_file(encode_header(distribution, rounding, self.metadata))
@@ -145,7 +148,7 @@ class Trajectory:
 
         Raises:
             TrajectoryError: before :meth:`begin`; a step not after the last; sizes that do not fit;
-                a number that is not finite. Nothing is added.
+                a number that is not finite; a journal that was closed. Nothing is added.
             OSError: the file cannot be written. Nothing is added.
         """
         if not self.layouts:
@@ -161,6 +164,7 @@ class Trajectory:
             len(self.layouts) - 1,
         )
         self._check_step(record)
+        self._check_open()
         mark = self._tail
         self._write(STEP, encode_step(record))
         self._marks.append(mark)
@@ -180,10 +184,14 @@ class Trajectory:
 
         Args:
             step: the first step to drop.
+
+        Raises:
+            TrajectoryError: the journal was closed.
         """
         keep = sum(1 for s in self.steps if s.step < step)
         if keep == len(self.steps):
             return
+        self._check_open()
         if self._file is not None:
             self._tail = self._marks[keep]
             self._file.truncate(self._tail.offset)
@@ -423,12 +431,12 @@ class Trajectory:
         return trajectory
 
     def close(self) -> None:
-        """Close the journal's file; the trajectory stays usable in memory."""
+        """Close the journal's file; the trajectory can still be read, and takes no more records."""
         if self.pending is not None:
             self.pending()
         if self._file is not None:
             self._file.close()
-            self._file = None
+            self._file, self._closed = None, True
 
     def __enter__(self) -> Self:
         return self
@@ -443,7 +451,13 @@ class Trajectory:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy lives in memory: two writers of one file would destroy it.
-        return {**self.__dict__, "_steps": self.steps, "_file": None, "pending": None}
+        return {
+            **self.__dict__,
+            "_steps": self.steps,
+            "_file": None,
+            "_closed": False,
+            "pending": None,
+        }
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -477,6 +491,13 @@ class Trajectory:
                 f"parameter of the run"
             )
         return list(bound.params)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TrajectoryError(
+                f"the journal {self.path} is closed: open it again, or give the optimizer another "
+                f"one (or None)"
+            )
 
     def _check_layout(self, layout: Layout) -> None:
         known = {record.name: record for record in self.fingerprint}
