@@ -1,6 +1,9 @@
 """The language-model loss without logits against transformers' own."""
 
+import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import model_zoo as mz
 import pytest
@@ -95,6 +98,63 @@ def test_a_loss_of_ones_own_is_kept() -> None:
     model.__class__ = Doubled
     doubled = zo.dual_loss(model, batch, seed=3, eps=1e-2)
     torch.testing.assert_close(torch.stack(doubled), 2 * torch.stack(plain), rtol=1e-5, atol=0)
+
+
+class _Scaled(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _own_head(model: Any) -> None:
+    head = _Scaled(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+
+
+def _twice(module: object, args: object, output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return 2 * output
+    output.loss = 2 * output.loss
+    return output
+
+
+CHANGES = {
+    "loss function": lambda m: setattr(
+        m, "loss_function", lambda logits, labels, vocab_size, **_: logits.float().square().mean()
+    ),
+    "hook of the head": lambda m: m.lm_head.register_forward_hook(_twice),
+    "head": _own_head,
+    "hook under adapters": lambda m: m.get_base_model().register_forward_hook(_twice),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_a_loss_that_changes_later_is_seen(change: str) -> None:
+    model = mz.build("llama_lora" if "adapters" in change else "llama")
+    batch = mz.lm_batch()
+    before = zo.dual_loss(model, batch, seed=3, eps=1e-3)
+    CHANGES[change](model)
+    after = zo.dual_loss(model, batch, seed=3, eps=1e-3)
+    expected = []
+    for eps in (1e-3, -1e-3):
+        with zo.displaced(model, [3], [eps]):
+            expected.append(model(**batch).loss)
+    assert not torch.allclose(torch.stack(before), torch.stack(after), rtol=0.05)
+    torch.testing.assert_close(torch.stack(after), torch.stack(expected), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda t: t.numpy(), lambda t: t.to("meta")], ids=["numpy", "meta"]
+)
+def test_labels_of_another_kind_get_the_models_own_error(
+    convert: Callable[[torch.Tensor], Any],
+) -> None:
+    model, batch = mz.build("llama"), mz.lm_batch()
+    batch["labels"] = convert(batch["labels"])
+    with pytest.raises(Exception) as own:
+        model(**batch)
+    with pytest.raises(type(own.value), match=re.escape(str(own.value)[:40])):
+        zo.dual_loss(model, batch, seed=1, eps=1e-3)
 
 
 def test_the_comparison_leaves_the_random_state_alone() -> None:

@@ -80,20 +80,20 @@ _PLAIN_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "inputs_embed
 
 def _logits_can_go(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether :func:`causal_lm_loss` is this model's loss, from one comparison on real numbers."""
-    if not _PLAIN_ARGUMENTS.issuperset(batch) or batch.get("labels") is None:
-        return False
-    hooked = (
-        model._forward_hooks
-        or not only_settles(model._forward_pre_hooks.values())
-        or "forward" in model.__dict__
-    )
-    if hooked or torch.is_autocast_enabled(batch["labels"].device.type):
+    if not _PLAIN_ARGUMENTS.issuperset(batch) or not isinstance(batch.get("labels"), Tensor):
         return False
     try:
         head = _linear_head(model)
     except ValueError:
         return False
-    key = (model.training, head.weight.dtype, type(model), tuple(sorted(batch)))
+    inner = _under_peft(model)
+    if (
+        any(map(_intercepted, (model, inner, head)))
+        or hasattr(inner, "_loss_function")  # of the user's own
+        or torch.is_autocast_enabled(head.weight.device.type)
+    ):
+        return False
+    key = (model.training, head.weight.dtype, type(model), type(head), tuple(sorted(batch)))
     known = _equal.setdefault(model, {})
     if key not in known:
         if torch.compiler.is_compiling():
@@ -109,6 +109,15 @@ def _logits_can_go(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         tolerance = 1e-5 if head.weight.dtype == torch.float32 else 2e-3
         known[key] = abs(losses[0] - losses[1]) <= tolerance * max(abs(losses[0]), 1e-3)
     return known[key]
+
+
+def _intercepted(module: nn.Module) -> bool:
+    """Whether something of the user's sees what a module is given or gives."""
+    return bool(
+        module._forward_hooks
+        or not only_settles(module._forward_pre_hooks.values())
+        or "forward" in module.__dict__
+    )
 
 
 def scalar(value: Any, source: str) -> Tensor:
