@@ -40,7 +40,14 @@ def kernel(body: str) -> str:
 def assembles(text: str, tmp_path: Path) -> None:
     """``ptxas`` takes it: the test means something."""
     (tmp_path / "k.ptx").write_text(text)
-    command = [str(PTXAS), "-arch=sm_80", str(tmp_path / "k.ptx"), "-o", str(tmp_path / "k.cubin")]
+    arch = text.split(".target ", 1)[1].split(maxsplit=1)[0]
+    command = [
+        str(PTXAS),
+        f"-arch={arch}",
+        str(tmp_path / "k.ptx"),
+        "-o",
+        str(tmp_path / "k.cubin"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

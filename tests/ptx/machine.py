@@ -1,9 +1,10 @@
 """Runs a grid: every thread is a lane of NumPy vectors, the one that is furthest behind goes first.
 
 Threads at the same basic block go together, those furthest up in the program before the others, but
-none through a loop again before those inside it, until all have ended or wait at a barrier. That is one order of those the manual allows; what
-another order would change is found by :class:`ptx.memory.Watch`, or for kernels with asynchronous
-units and barriers in memory by :class:`ptx.order.SharedWatch`.
+none through a loop again before those inside it, until all have ended or wait at a barrier. That is
+one order of those the manual allows; what another order would change is found by
+:class:`ptx.memory.Watch`, or for kernels with asynchronous units and barriers in memory by
+:class:`ptx.order.SharedWatch`.
 """
 
 from __future__ import annotations
