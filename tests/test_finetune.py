@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +145,7 @@ def test_saved_dataset(tmp_path: Path, labelled: Path) -> None:
         ("object.json", "{}", "must hold a list"),
         ("short.csv", "a,b\n1\n", "line 2 does not have the header's 2 columns"),
         ("long.csv", "a,b\n1,2,3\n", "line 2 does not have the header's 2 columns"),
+        ("twice.csv", "a,b,a\n1,2,3\n", "two columns of the same name: a, b, a"),
     ],
 )
 def test_bad_files(name: str, content: str | None, message: str, tmp_path: Path) -> None:
@@ -152,6 +155,55 @@ def test_bad_files(name: str, content: str | None, message: str, tmp_path: Path)
     with pytest.raises(UserError) as error:
         data_.read(str(path))
     assert message in str(error.value)
+
+
+def test_lines_end_at_line_ends_only(tmp_path: Path) -> None:
+    rows = [{"text": f"one\u2028two\x85three\x0b\x0cfour {i}", "label": "x"} for i in range(3)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_bytes("\r\n".join(lines).encode())
+    table = "".join(f"{row['text']},x\n" for row in rows)
+    (tmp_path / "c.csv").write_text("text,label\n" + table, encoding="utf-8")
+    for name in ("a.jsonl", "b.jsonl", "c.csv"):
+        assert data_.read(str(tmp_path / name)) == rows
+
+
+def test_a_field_may_be_a_document(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    path = tmp_path / "long.csv"
+    path.write_text("text\n" + "x" * 300_000 + "\n")
+    assert data_.read(str(path)) == [{"text": "x" * 300_000}]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "label": ""}, "--label-column: an example has an empty 'label'"),
+        ({"text": "a", "label": None}, "--label-column: an example has no 'label' (null)"),
+        ({"text": None, "label": 1}, "--prompt: an example has no 'text' (null)"),
+    ],
+)
+def test_nothing_is_no_label_and_no_text(
+    row: dict[str, Any], message: str, model_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "holes.jsonl"
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(20)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in (*rows, row)))
+    config = configuration(model_dir, path, tmp_path / "out", **CLASSIFY)
+    with pytest.raises(UserError, match=re.escape(message)):
+        data_.prepare(config, load_tokenizer(str(model_dir)))
+
+
+def test_a_folder_that_is_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*_: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match="is neither a file nor a loadable dataset"):
+        data_.read(str(tmp_path))
 
 
 def test_not_utf8(tmp_path: Path) -> None:

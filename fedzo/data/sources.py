@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,8 @@ def find(source: str, eval_source: str | None) -> tuple[str, str | None]:
         )
     if eval_source is None:
         order = {name: at for at, name in enumerate(HELD_OUT)}
-        held = sorted((p for p in files if p.stem.lower() in order), key=lambda p: order[p.stem])
+        known = [p for p in files if p.stem.lower() in order]
+        held = sorted(known, key=lambda p: order[p.stem.lower()])
         eval_source = str(held[0]) if held else None
     return str(train[0]), eval_source
 
@@ -81,8 +81,7 @@ def _tsv(path: Path, option: str, known: Collection[str], columns: Sequence[str]
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{option}: {path} is not UTF-8 text: {error}") from error
-    rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    table = [(number, row) for number, row in enumerate(rows, 1) if row]
+    table = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line]
     if not table:
         raise UserError(f"{option}: {path} is empty")
     header = [cell.strip() for cell in table[0][1]]
@@ -114,7 +113,7 @@ def _hub(source: str, option: str) -> list[Record]:
         raise UserError(f"{option} {source} needs: pip install datasets") from error
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{option}: {source} cannot be loaded: {reason}") from error
     return [dict(row) for row in loaded]

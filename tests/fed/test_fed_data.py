@@ -372,6 +372,23 @@ def test_a_tsv_needs_no_header_and_quotes_are_text(causal, tmp_path):
     assert tokenizer.decode(task.prepared.train[0].tokens).startswith('He said "no This')
 
 
+def test_a_tsv_is_split_at_tabs_and_line_ends_only(causal, tmp_path):
+    model, tokenizer = causal
+    odd = "one\u2028two\x85three\x0bfour " + "x" * 200_000
+    path = tmp_path / "odd.tsv"
+    path.write_bytes(f"sentence\tlabel\r\n{odd}\t1\r\nfine\t0\r\n".encode())
+    task = load_task(model, tokenizer, str(path), template="sst2", eval_data=str(path))
+    assert task.labels == [1, 0]
+
+
+def test_names_of_files_in_a_folder_may_be_in_capitals(causal, tmp_path):
+    model, tokenizer = causal
+    write(tmp_path / "Train.csv", REVIEWS[:20])
+    write(tmp_path / "Dev.csv", REVIEWS[20:])
+    task = load_task(model, tokenizer, str(tmp_path), template="sst2")
+    assert task.train_size == 20 and len(task.prepared.held_out) == 4
+
+
 def test_natural_ids_come_from_the_column_that_is_named(causal, tmp_path):
     model, tokenizer = causal
     rows = [{**r, "author": f"a{i % 3}"} for i, r in enumerate(REVIEWS)]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import string
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,20 +118,10 @@ def _read_file(path: Path, option: str) -> Iterator[Record]:
             if block.strip():
                 yield {"text": block.strip("\n")}
     elif suffix in (".csv", ".tsv"):
-        delimiter = "," if suffix == ".csv" else "\t"
-        rows = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
-        try:
-            for row in rows:
-                if None in row or None in row.values():
-                    raise UserError(
-                        f"{option}: {path} line {rows.line_num} does not have the header's "
-                        f"{len(rows.fieldnames or [])} columns"
-                    )
-                yield dict(row)
-        except csv.Error as error:
-            raise UserError(f"{option}: {path} line {rows.line_num}: {error}") from error
+        yield from _table(text, "," if suffix == ".csv" else "\t", f"{option}: {path}")
     elif suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not splitlines: JSON may hold U+2028 and the like as they are.
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield _object(line, f"{option}: {path} line {number}")
     else:
@@ -140,6 +132,27 @@ def _read_file(path: Path, option: str) -> Iterator[Record]:
             if not isinstance(entry, dict):
                 raise UserError(f"{option}: {path} entry {number} must be an object")
             yield entry
+
+
+def _table(text: str, delimiter: str, where: str) -> list[Record]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    limit = csv.field_size_limit(sys.maxsize)  # 128 KiB would be too little for a document
+    listed: list[Record] = []
+    try:
+        names = list(rows.fieldnames or [])
+        if len(set(names)) < len(names):
+            raise UserError(f"{where} has two columns of the same name: {', '.join(names)}")
+        for row in rows:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{where} line {rows.line_num} does not have the header's {len(names)} columns"
+                )
+            listed.append(dict(row))
+    except csv.Error as error:
+        raise UserError(f"{where} line {rows.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return listed
 
 
 def _json(text: str, where: str) -> Any:
@@ -171,7 +184,7 @@ def _read_dataset(source: str, option: str) -> list[Record]:
             or (Path(name) / "dataset_dict.json").is_file()
             else datasets.load_dataset(name, config or None)
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{option}: {source} is neither a file nor a loadable dataset: {_one_line(error)}"
         ) from error
@@ -252,6 +265,8 @@ def _column(record: Record, name: str, option: str) -> str:
             f"{option}: no column {name!r}; the columns are {', '.join(record) or 'none'}"
         )
     value = record[name]
+    if value is None:
+        raise UserError(f"{option}: an example has no {name!r} (null): leave it out")
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -327,11 +342,13 @@ def _label_words(
 ) -> tuple[list[str], list[tuple[int, ...]]]:
     column = str(config.label_column)
     present = sorted({_column(record, column, "--label-column") for record in records})
+    if "" in present:
+        raise UserError(f"--label-column: an example has an empty {column!r}: leave it out")
     words = dict(config.verbalizers) or {value: f" {value}" for value in present}
-    missing = [value for value in present if value not in words]
-    if missing:
+    unknown = [value for value in present if value not in words]
+    if unknown:
         raise UserError(
-            f"--verbalizer has no word for label {missing[0]!r}, only for {', '.join(words)}"
+            f"--verbalizer has no word for label {unknown[0]!r}, only for {', '.join(words)}"
         )
     if len(words) < 2:
         raise UserError(f"--label-column {column} needs two labels or more; got {present}")
