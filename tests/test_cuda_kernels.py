@@ -671,6 +671,7 @@ def test_what_the_fused_product_leaves_to_tiles() -> None:
         (x, rand(16, 65, dtype=torch.bfloat16)[:, :64], 4, 0, False),
         (x, rand(16 * 64 + 1, dtype=torch.bfloat16)[1:].view(16, 64), 4, 0, False),
         (rand(513, dtype=torch.bfloat16)[1:].view(2, 4, 64), w, 4, 0, False),
+        (rand(516, dtype=torch.bfloat16)[4:].view(2, 4, 64), w, 4, 0, False),
     ]:
         assert not ops.takes_fused(x_, w_, tokens, offset, transposed)
     turned, x = rand(64, 16, dtype=torch.bfloat16), rand(2, 4, 64, dtype=torch.bfloat16)

@@ -315,14 +315,11 @@ class Native:
     def takes_fused(
         self, x: Tensor, w: Tensor, tokens: int, col_offset: int, transposed: bool
     ) -> bool:
-        """Whether the fused product serves a call: 16-bit weights in aligned rows, few tokens.
-
-        Of transposed ones the activations are read sixteen bytes at a time.
-        """
+        """Whether the fused product serves a call: 16-bit weights in aligned rows, few tokens."""
         return (
             w.dtype != torch.float32
             and 0 < tokens <= FUSED_TOKENS
-            and x.data_ptr() % (16 if transposed else 8) == 0
+            and x.data_ptr() % 16 == 0
             and (not transposed or w.shape[0] % 8 == 0)
             and _whole_runs(w, col_offset)
         )

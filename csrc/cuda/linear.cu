@@ -44,6 +44,7 @@
 // `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
 // update of the last step costs its noise and no pass over memory of its own.
 #include "access.h"
+#include "fused.h"
 #include "launch.h"
 
 namespace zk {
@@ -53,8 +54,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kStages = 2;
 constexpr int kChunks = 8;  // 16-byte chunks of a thread a half panel: 2 outputs x 4 quarters
 constexpr size_t kShared = size_t{kStages} * kChunks * kThreads * 16;
-// Each part's sums are four bytes an output, written and read again.
-constexpr int kMostParts = 8;
 
 struct Split {
   int warps_k;
@@ -94,40 +93,24 @@ ZK_DEVICE void apply_pending(const LinearArgs& a, uint32_t noise_row, uint32_t g
   }
 }
 
-// A seed and what the two branches make of it; nothing where there is no such term.
-struct Term {
-  uint64_t seed = 0;
-  float c0 = 0.0f, c1 = 0.0f;
-};
-
-ZK_DEVICE Term term_of(const LinearArgs& a, int64_t first, bool two, int k) {
-  Term t;
-  if (k < static_cast<int>(a.terms.count)) {
-    t.seed = static_cast<uint64_t>(a.terms.seeds[k]);
-    t.c0 = a.coeffs[first * a.terms.count + k];
-    if (two) t.c1 = a.coeffs[(first + 1) * a.terms.count + k];
-  }
-  return t;
-}
-
-// Both branches' activations of `tiles` eights of tokens from `token` on, in columns col .. col + 3
-// of every quarter, the branches' from four times start[g] on. A token that is not there reads the
+// Both branches' activations of `tiles` eights of tokens from `token` on, in columns col .. col + 7
+// of every quarter, the branches' from eight times start[g] on. A token that is not there reads the
 // last one's, and is not stored.
 template <bool whole, int tiles>
 ZK_DEVICE void load_right(const LinearArgs& a, const uint32_t start[2], uint32_t token, int col,
-                          Vec8 right[2][tiles][4]) {
+                          Vec16 right[2][tiles][4]) {
   const auto cols = static_cast<uint32_t>(a.w.cols), last = static_cast<uint32_t>(a.tokens) - 1u;
   ZK_UNROLL
   for (int tile = 0; tile < tiles; ++tile) {
     const uint32_t own = token + static_cast<uint32_t>(tile) * 8u;
-    const uint32_t at = (own < last ? own : last) * (cols / 4u) + static_cast<uint32_t>(col) / 4u;
+    const uint32_t at = (own < last ? own : last) * (cols / 8u) + static_cast<uint32_t>(col) / 8u;
     ZK_UNROLL
     for (int g = 0; g < 2; ++g) {
-      const char* const x = a.x + uint64_t{start[g] + at} * 8u;
+      const char* const x = a.x + uint64_t{start[g] + at} * 16u;
       ZK_UNROLL
       for (int j = 0; j < 4; ++j) {
         const bool inside = whole || col + 64 * j < static_cast<int>(cols);
-        right[g][tile][j] = inside ? dev::load8(x + 128 * j) : Vec8{{0u, 0u}};
+        right[g][tile][j] = inside ? dev::load16(x + 128 * j) : Vec16{{0u, 0u, 0u, 0u}};
       }
     }
   }
@@ -152,24 +135,19 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
       begin + split.halves_each < split.halves ? begin + split.halves_each : split.halves;
   const bool two = first + 1 < a.branches;
 
-  // A row's 64 bytes of a quarter lie together. Rows 2, 3, 6 and 7 have their halves exchanged, so
-  // that neither the copies of eight lanes nor the loads of sixteen meet in a bank.
-  const int turned = r / 2 % 2 * 32;
-  char* const to = dev::shared() + warp * 512 + (lane * 16 ^ turned);
-  const char* const from = dev::shared() + warp * 512;
-  const int own = r * 64 + q * 8 + turned;
+  char* const mine = dev::shared() + dev::thread() * 16;
   const auto chunk = [](int slot, int row, int j) {
     return ((slot * 2 + row) * 4 + j) * (kThreads * 16);
   };
-  // Places of the rows in the weight, in units of sixteen bytes, and of the branches in x, of
-  // eight. An output that is not there is computed from the last one, and not stored.
+  // Places of the rows in the weight and of the branches in x, in units of sixteen bytes. An output
+  // that is not there is computed from the last one, and not stored.
   uint32_t source[2], start[2];
   ZK_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int64_t n = n0 + r + i * 8;
     source[i] = static_cast<uint32_t>((n < a.w.rows ? n : a.w.rows - 1) * a.w.row_stride / 8) +
                 static_cast<uint32_t>(q);
-    start[i] = static_cast<uint32_t>((first + (two ? i : 0)) * a.x_branch_stride / 4);
+    start[i] = static_cast<uint32_t>((first + (two ? i : 0)) * a.x_branch_stride / 8);
     dev::opaque(source[i]);
     dev::opaque(start[i]);
   }
@@ -182,7 +160,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
     for (int row = 0; row < 2; ++row) {
       const char* const at =
           a.w.data + uint64_t{source[row] + static_cast<uint32_t>(col) / 8u} * 16u;
-      char* const slots = to + chunk(slot, row, 0);
+      char* const slots = mine + chunk(slot, row, 0);
       if (whole) {
         ZK_UNROLL
         for (int j = 0; j < 4; ++j) dev::copy16(slots + chunk(0, 0, j), at + 128 * j, true);
@@ -210,48 +188,35 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
   int slot = 0;
   ZK_NO_UNROLL
   for (int h = begin + warp_k; h < end; h += split.warps_k, slot ^= 1) {
-    dev::wait_copies<0>();
-    // The half panel is there for every lane, and every lane has read the one before.
-    dev::warp_barrier();
     if (h + split.warps_k < end) fetch(h + split.warps_k, slot ^ 1);
     dev::commit_copies();
+    dev::wait_copies<1>();
     const uint32_t group = split.first_group + static_cast<uint32_t>(h) / 2u;
     const bool whole = is_whole(h);
-    ZK_NO_UNROLL
-    for (int t = 0; t < 2; ++t) {
-      const int col = column(h) + 16 * t + 4 * q;
-      const auto l = static_cast<uint32_t>(h % 2 * 32 + 16 * t + 4 * q);
-      // Addresses are computed here and not kept over the half panels.
-      auto token = static_cast<uint32_t>(token0 + r);
-      dev::opaque(token);
-      Vec8 right[2][tiles][4];
-      const auto load = [&](int pair) {
-        const uint32_t at = token + static_cast<uint32_t>(pair * tiles * 8);
-        if (whole)
-          load_right<true, tiles>(a, start, at, col, right);
-        else
-          load_right<false, tiles>(a, start, at, col, right);
-      };
-      load(0);                 // while the noise is drawn
-      uint32_t left[2][4][4];  // branch, quarter, register of the fragment
+    const int col = column(h) + 8 * q;
+    uint32_t left[2][2][4][4];  // step, branch, quarter, register of the fragment
+    ZK_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const int64_t n = n0 + r + row * 8;
+      const uint32_t noise_row = a.place.row_offset + static_cast<uint32_t>(n);
+      Vec16 raw[4];
       ZK_UNROLL
-      for (int row = 0; row < 2; ++row) {
-        const int64_t n = n0 + r + row * 8;
-        const uint32_t noise_row = a.place.row_offset + static_cast<uint32_t>(n);
+      for (int j = 0; j < 4; ++j) raw[j] = dev::load16(mine + chunk(slot, row, j));
+      ZK_UNROLL
+      for (int t = 0; t < 2; ++t) {
+        const auto l = static_cast<uint32_t>(h % 2 * 32 + 8 * q + 4 * t);
         float acc[2][4][4];
         ZK_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const Vec8 raw = dev::load8(from + chunk(slot, row, j) + (own ^ 32 * t));
-          unpack_words<T, 2>(raw.w, acc[0][j]);
-        }
+        for (int j = 0; j < 4; ++j) unpack_words<T, 2>(raw[j].w + 2 * t, acc[0][j]);
         if constexpr (pending) {
           apply_pending<T, kind>(a, noise_row, group, l, acc[0]);
           ZK_UNROLL
           for (int j = 0; j < 4; ++j) {
-            Vec8 raw;
-            pack_words<T, 2>(acc[0][j], raw.w);
-            if (n < a.w.rows && col + 64 * j < cols)
-              dev::store8(a.w.data + (n * a.w.row_stride + col + 64 * j) * 2, raw);
+            const int at = col + 4 * t + 64 * j;
+            Vec8 moved;
+            pack_words<T, 2>(acc[0][j], moved.w);
+            if (n < a.w.rows && at < cols)
+              dev::store8(a.w.data + (n * a.w.row_stride + at) * 2, moved);
           }
         }
         ZK_UNROLL
@@ -284,24 +249,29 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
         for (int g = 0; g < 2; ++g) {
           ZK_UNROLL
           for (int j = 0; j < 4; ++j) {
-            left[g][j][row] = dev::pack<T>(acc[g][j][0], acc[g][j][1]);
-            left[g][j][row + 2] = dev::pack<T>(acc[g][j][2], acc[g][j][3]);
+            left[t][g][j][row] = dev::pack<T>(acc[g][j][0], acc[g][j][1]);
+            left[t][g][j][row + 2] = dev::pack<T>(acc[g][j][2], acc[g][j][3]);
           }
         }
       }
-      // sum += left x^T. Products that follow each other add to different sums.
+    }
+    // sum += left x^T. Products that follow each other add to different sums. Addresses are
+    // computed here and not kept over the half panels.
+    auto token = static_cast<uint32_t>(token0 + r);
+    dev::opaque(token);
+    ZK_UNROLL
+    for (int pair = 0; pair < NT / tiles; ++pair) {
+      if (pair > 0 && token0 + pair * tiles * 8 >= tokens) continue;
+      Vec16 right[2][tiles][4];
+      const uint32_t at = token + static_cast<uint32_t>(pair * tiles * 8);
+      if (whole)
+        load_right<true, tiles>(a, start, at, col, right);
+      else
+        load_right<false, tiles>(a, start, at, col, right);
       ZK_UNROLL
-      for (int pair = 0; pair < NT / tiles; ++pair) {
-        if (pair > 0) {
-          if (token0 + pair * tiles * 8 >= tokens) continue;
-          load(pair);
-        }
-        ZK_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          ZK_UNROLL
-          for (int i = 0; i < 2 * tiles; ++i)
-            dev::mma<T>(sum[i % 2][pair * tiles + i / 2], left[i % 2][j], right[i % 2][i / 2][j].w);
-        }
+      for (int i = 0; i < 16 * tiles; ++i) {
+        const int t = i / (8 * tiles), j = i / (2 * tiles) % 4, tile = i / 2 % tiles, g = i % 2;
+        dev::mma<T>(sum[g][pair * tiles + tile], left[t][g][j], right[g][tile][j].w + 2 * t);
       }
     }
   }
@@ -372,47 +342,15 @@ Kernel choose(int tiles, bool pending) {
   return tiles == 4 ? linear_kernel<T, kind, 4, false> : linear_kernel<T, kind, 8, false>;
 }
 
-int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
-
-// Warps behind each other of a block with `wide` side by side: not more than there are half panels.
-int warps_behind(int wide, int64_t halves) {
-  int warps_k = kWarps / wide;
-  while (warps_k > 1 && warps_k > halves) warps_k /= 2;
-  return warps_k;
-}
-
-struct Plan {
-  int warps_k, parts;
-};
-
-// The fastest way to cut a product, in units of 1600 issue cycles of a multiprocessor: a quarter of
-// what eight warps need for a half panel each with Gaussian noise. Time is waves of blocks; a block
-// takes its half panels, or its activations at 24 bytes a cycle if that is longer, and a unit for
-// its beginning and end. Sums of parts are written and read again, and a second launch takes 4.
-// Few parts before many, wide blocks before narrow ones: they read activations less often.
+// Of half panels, with Gaussian noise.
 Plan plan(int64_t rows, int64_t halves, int64_t tokens, int64_t branches, int multiprocessors,
           int least_parts, int most_parts) {
   const int64_t block_tokens = 8 * token_tiles(tokens, false);
   const int64_t others = blocks_of(tokens, block_tokens) * blocks_of(branches, 2);
   const int64_t own_tokens = 2 * (tokens < block_tokens ? tokens : block_tokens);
-  Plan best{1, 1};
-  int64_t least = -1;
-  for (int parts = least_parts; parts <= most_parts && parts <= halves; ++parts) {
-    const int64_t each = blocks_of(halves, parts);
-    if (blocks_of(halves, each) != parts) continue;
-    for (int wide = kWarps; wide > 0; wide /= 2) {
-      const int warps_k = warps_behind(wide, each);
-      const int64_t blocks = blocks_of(rows, 16 * (kWarps / warps_k)) * others * parts;
-      const int64_t draws = 4 * blocks_of(each, warps_k), reads = each * 256 * own_tokens / 38400;
-      int64_t time = blocks_of(blocks, multiprocessors) * ((draws > reads ? draws : reads) + 1);
-      if (parts > 1) time += 4 + parts * branches * tokens * rows * 8 / (20480 * multiprocessors);
-      if (least < 0 || time < least) {
-        least = time;
-        best = {warps_k, parts};
-      }
-    }
-  }
-  return best;
+  const Pieces pieces{halves, kWarps, 4400, own_tokens * 256, 16 * 256, branches * tokens * rows};
+  return fastest(pieces, multiprocessors, least_parts, most_parts,
+                 [&](int warps_k) { return blocks_of(rows, 16 * (kWarps / warps_k)) * others; });
 }
 
 }  // namespace
@@ -431,10 +369,10 @@ const char* add_parts(const LinearArgs& a, const float* partial, int parts, void
 
 const char* linear(const LinearArgs& a, float* partial, int parts, void* stream) {
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
-  constexpr int64_t most = 0x7FFFFFFF - 256, units = 0xFFFFFFFF;  // of 16 and of 8 bytes
+  constexpr int64_t most = 0x7FFFFFFF - 256, units = 0xFFFFFFFF;  // of sixteen bytes
   if (a.tokens > most || a.w.cols > most ||
-      (a.w.rows - 1) * a.w.row_stride / 8 > units - most / 8 ||
-      (a.branches - 1) * a.x_branch_stride / 4 + a.tokens * (a.w.cols / 4) > units)
+      (a.w.rows - 1) * a.w.row_stride / 8 + a.w.cols / 8 > units ||
+      (a.branches - 1) * a.x_branch_stride / 8 + a.tokens * (a.w.cols / 8) > units)
     return "the product is too large";
   if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
   const bool pending = a.pending.count > 0;

@@ -27,14 +27,13 @@
 // branches times parts of the rows. A weight costs 55 instructions at one token and 73 at eight
 // (Rademacher 29 and 47), much as above.
 #include "access.h"
+#include "fused.h"
 #include "launch.h"
 
 namespace zk {
 namespace {
 
 constexpr int kOutputs = 2 * kThreads / 32;
-// Each part's sums are four bytes an output, written and read again.
-constexpr int kMostParts = 8;
 
 struct Split {
   uint32_t first_group;
@@ -323,27 +322,12 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
   }
 }
 
-int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
-
-// Into how many parts `groups` are cut, each of `blocks`. Time is waves of blocks, each as long as
-// its groups (eight warps: 1500 to 2100 issue cycles with Gaussian noise, and so are eight warps'
-// rounds of rows) and half a group for its beginning and end. A second launch adds three groups,
-// and sums of parts are written and read again.
-int parts_of(int64_t groups, int64_t blocks, int64_t outputs, int64_t branches,
+// Of groups or of rounds of rows, with Gaussian noise: eight warps take 1200 to 1900 cycles for
+// one, the more the more tokens there are.
+int parts_of(int64_t pieces, int64_t blocks, int64_t outputs, int64_t branches,
              int multiprocessors) {
-  int64_t best = 1, least = 0;
-  for (int64_t parts = 1; parts <= kMostParts && parts <= groups; ++parts) {
-    const int64_t each = blocks_of(groups, parts);
-    if (blocks_of(groups, each) != parts) continue;
-    int64_t time = blocks_of(blocks * parts, multiprocessors) * (2 * each + 1);
-    if (parts > 1)
-      time += 6 + parts * branches * kFewTokens * outputs * 8 / (11264 * multiprocessors);
-    if (parts == 1 || time < least) {
-      best = parts;
-      least = time;
-    }
-  }
-  return static_cast<int>(best);
+  const Pieces p{pieces, 1, 1500, 2 * kFewTokens * 1024, 2048, branches * kFewTokens * outputs};
+  return fastest(p, multiprocessors, 1, kMostParts, [&](int) { return blocks; }).parts;
 }
 
 }  // namespace

@@ -45,6 +45,7 @@
 // for at once, which has to hide the latencies.
 // (Arithmetic, not measurements.)
 #include "access.h"
+#include "fused.h"
 #include "launch.h"
 
 namespace zk {
@@ -58,8 +59,6 @@ constexpr int kQuarterBytes = kSlice * 16 + 32;
 constexpr int kTileBytes = 4 * kQuarterBytes;
 constexpr int kStageBytes = kWarps * kTileBytes;
 constexpr size_t kShared = size_t{2} * kStageBytes;
-// Each part's sums are four bytes an output, written and read again.
-constexpr int kMostParts = 8;
 
 struct Split {
   int warps_k;
@@ -114,45 +113,30 @@ ZK_DEVICE void draw_rows(uint64_t seed, uint32_t param_id, uint32_t row, uint32_
   }
 }
 
-// sum += left x^T over the rows of a slice, from row k of this lane's quad on. A token that is not
-// there reads the last one's and is not stored.
-template <DType T, int NT>
-ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int token0, int k,
-                        const uint32_t left[2][2][2][4], float sum[2][2][NT][4]) {
-  const int tokens = static_cast<int>(a.tokens);
-  const auto row_bytes = static_cast<uint32_t>(a.w.rows) * 2u;
-  const auto last = static_cast<uint32_t>(tokens) - 1u;
-  auto row = static_cast<uint32_t>(token0 + dev::thread() % 32 / 4);
-  dev::opaque(row);
-  const char* const base = a.x + (first * a.x_branch_stride + k) * 2;
-  const int64_t stride = a.x_branch_stride * 2;
-  const bool inside = k < static_cast<int>(a.w.rows);
-  const auto there = [&](int tile) { return tile == 0 || token0 + tile * 8 < tokens; };
-  // All of them are asked for before the first is waited for.
-  Vec16 right[2][NT];
+// Both branches' activations of `tiles` eights of tokens from `token` on, in inputs k .. k + 7, the
+// branches' from sixteen times start[g] bytes on. A token that is not there reads the last one's,
+// and is not stored.
+template <bool whole, int tiles>
+ZK_DEVICE void load_right(const LinearArgs& a, const uint32_t start[2], uint32_t token, int k,
+                          Vec16 right[2][tiles]) {
+  const auto inputs = static_cast<uint32_t>(a.w.rows), last = static_cast<uint32_t>(a.tokens) - 1u;
   ZK_UNROLL
-  for (int tile = 0; tile < NT; ++tile) {
-    const uint32_t own = row + static_cast<uint32_t>(tile) * 8u;
-    const char* const at = base + (own < last ? own : last) * row_bytes;
-    right[0][tile] = dev::load16_if(at, inside && there(tile));
-    right[1][tile] = dev::load16_if(at + stride, inside && there(tile) && two);
-  }
-  ZK_UNROLL
-  for (int i = 0; i < 2 * NT; ++i) {
-    const int tile = i / 2, g = i % 2;
-    if (!there(tile) || (g == 1 && !two)) continue;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const uint32_t own = token + static_cast<uint32_t>(tile) * 8u;
+    const uint32_t at = (own < last ? own : last) * (inputs / 8u) + static_cast<uint32_t>(k) / 8u;
     ZK_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      ZK_UNROLL
-      for (int p = 0; p < 2; ++p)
-        dev::mma<T>(sum[g][p][tile], left[g][h][p], right[g][tile].w + 2 * h);
-    }
+    for (int g = 0; g < 2; ++g)
+      right[g][tile] = whole || static_cast<uint32_t>(k) < inputs
+                           ? dev::load16(a.x + uint64_t{start[g] + at} * 16u)
+                           : Vec16{{0u, 0u, 0u, 0u}};
   }
 }
 
 template <DType T, Distribution kind, int NT>
 ZK_KERNEL void ZK_BOUNDS(kThreads, NT == 1 ? 2 : 1)
     linear_transposed_kernel(const LinearArgs a, const Split split, float* partial) {
+  // Eights of tokens whose activations are in registers at a time.
+  constexpr int tiles = NT < 2 ? NT : 2;
   const int warp = dev::thread() / 32, lane = dev::thread() % 32, q = lane % 4, r = lane / 4;
   const int wide = kWarps / split.warps_k;
   const int warp_n = warp % wide, warp_k = warp / wide;
@@ -180,18 +164,30 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT == 1 ? 2 : 1)
   const int e = lane / 4;
   char* const to = tile + q * kQuarterBytes + (e / 2 * 8 + e % 2) * 16;
   const bool copies = n0 + 64 * q < outputs;
-  // Of the next slice to be copied.
-  const char* source =
-      a.w.data + (int64_t{(begin + warp_k) * kSlice + e} * a.w.row_stride + n0 + 64 * q) * 2;
+  // Places of this lane's part of the weight and of the branches in x, in units of sixteen bytes.
+  const auto stride = static_cast<uint32_t>(a.w.row_stride / 8);
+  uint32_t source = static_cast<uint32_t>((n0 + 64 * q) / 8) + static_cast<uint32_t>(e) * stride;
+  uint32_t start[2];
+  dev::opaque(source);
+  ZK_UNROLL
+  for (int g = 0; g < 2; ++g) {
+    start[g] = static_cast<uint32_t>((first + (two ? g : 0)) * a.x_branch_stride / 8);
+    dev::opaque(start[g]);
+  }
+  const auto is_whole = [&](int slice) { return slice * kSlice + kSlice <= inputs; };
   const auto fetch = [&](int slice, int slot) {
-    const char* at = source;
-    ZK_UNROLL
-    for (int v = 0; v < 4; ++v) {
-      const bool valid = copies && slice * kSlice + v * 8 + e < inputs;
-      dev::copy16_near(to + slot * kStageBytes + v * 32, valid ? at : a.w.data, valid);
-      at += a.w.row_stride * 16;
+    uint32_t at = source + static_cast<uint32_t>(slice * kSlice) * stride;
+    const auto copy = [&](int v, bool valid) {
+      dev::copy16_near(to + slot * kStageBytes + v * 32, a.w.data + uint64_t{at} * 16u, valid);
+      at += stride * 8u;
+    };
+    if (is_whole(slice)) {
+      ZK_UNROLL
+      for (int v = 0; v < 4; ++v) copy(v, copies);
+    } else {
+      ZK_UNROLL
+      for (int v = 0; v < 4; ++v) copy(v, copies && slice * kSlice + v * 8 + e < inputs);
     }
-    source += a.w.row_stride * (2 * kSlice) * split.warps_k;
   };
   // Lanes 8 m + i point at row i of matrix m: of quarter m % 2, rows 8 (m / 2) on.
   const char* const from = tile + lane / 8 % 2 * kQuarterBytes + lane / 16 * 128 + lane % 8 * 16;
@@ -202,6 +198,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT == 1 ? 2 : 1)
 
   if (begin + warp_k < end) fetch(begin + warp_k, 0);
   dev::commit_copies();
+  const Term lead = term_of(a, first, two, 0);
   int slot = 0;
   ZK_NO_UNROLL
   for (int slice = begin + warp_k; slice < end; slice += split.warps_k, slot ^= 1) {
@@ -226,22 +223,21 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT == 1 ? 2 : 1)
       for (int i = 0; i < 16; ++i) acc[1][i / 4][i % 4] = acc[0][i / 4][i % 4];
       const uint32_t row = a.place.row_offset + static_cast<uint32_t>(slice * kSlice + 4 * h);
       // Entered once without terms too: a loop that may be passed by costs copies of all registers.
-      int64_t k = 0;
+      Term term = lead;
+      int k = 0;
       ZK_NO_UNROLL
       do {
-        const bool any = k < a.terms.count;
-        const float c0 = any ? a.coeffs[first * a.terms.count + k] : 0.0f;
-        const float c1 = any && two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
-        if (c0 == 0.0f && c1 == 0.0f) continue;
-        draw_rows<kind>(static_cast<uint64_t>(a.terms.seeds[k]), a.place.param_id, row, group, l0,
-                        static_cast<uint32_t>(lane), [&](uint32_t i, const float z[4]) {
+        if (k > 0) term = term_of(a, first, two, k);
+        if (term.c0 == 0.0f && term.c1 == 0.0f) continue;
+        draw_rows<kind>(term.seed, a.place.param_id, row, group, l0, static_cast<uint32_t>(lane),
+                        [&](uint32_t i, const float z[4]) {
                           ZK_UNROLL
                           for (int j = 0; j < 4; ++j) {
-                            acc[0][i][j] = fma32(c0, z[j], acc[0][i][j]);
-                            acc[1][i][j] = fma32(c1, z[j], acc[1][i][j]);
+                            acc[0][i][j] = fma32(term.c0, z[j], acc[0][i][j]);
+                            acc[1][i][j] = fma32(term.c1, z[j], acc[1][i][j]);
                           }
                         });
-      } while (++k < a.terms.count);
+      } while (++k < static_cast<int>(a.terms.count));
       ZK_UNROLL
       for (int g = 0; g < 2; ++g) {
         ZK_UNROLL
@@ -252,7 +248,26 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, NT == 1 ? 2 : 1)
         }
       }
     }
-    multiply<T, NT>(a, first, two, token0, slice * kSlice + 8 * q, left, sum);
+    // sum += left x^T. Products that follow each other add to different sums. Addresses are
+    // computed here and not kept over the slices.
+    const int k = slice * kSlice + 8 * q;
+    auto token = static_cast<uint32_t>(token0 + r);
+    dev::opaque(token);
+    ZK_UNROLL
+    for (int pair = 0; pair < NT / tiles; ++pair) {
+      if (pair > 0 && token0 + pair * tiles * 8 >= tokens) continue;
+      Vec16 right[2][tiles];
+      const uint32_t at = token + static_cast<uint32_t>(pair * tiles * 8);
+      if (is_whole(slice))
+        load_right<true, tiles>(a, start, at, k, right);
+      else
+        load_right<false, tiles>(a, start, at, k, right);
+      ZK_UNROLL
+      for (int i = 0; i < 8 * tiles; ++i) {
+        const int h = i / (4 * tiles), g = i % 2, p = i / 2 % 2, t = i / 4 % tiles;
+        dev::mma<T>(sum[g][p][pair * tiles + t], left[g][h][p], right[g][t].w + 2 * h);
+      }
+    }
   }
 
   // The sums of warps behind each other, in order, one branch and pair of quarters at a time.
@@ -307,36 +322,15 @@ Kernel choose(int tiles) {
   return tiles == 4 ? linear_transposed_kernel<T, kind, 4> : linear_transposed_kernel<T, kind, 8>;
 }
 
-int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
-
-struct Plan {
-  int warps_k, parts;
-};
-
-// As linear.cu's, in its units of 1600 issue cycles: eight warps need two for a slice each.
+// Of slices, with Gaussian noise.
 Plan plan(int64_t groups, int64_t slices, int64_t tokens, int64_t branches, int multiprocessors,
           int least_parts, int most_parts) {
   const int64_t block_tokens = 8 * token_tiles(tokens);
   const int64_t others = blocks_of(tokens, block_tokens) * blocks_of(branches, 2);
   const int64_t own_tokens = 2 * (tokens < block_tokens ? tokens : block_tokens);
-  Plan best{1, 1};
-  int64_t least = -1;
-  for (int parts = least_parts; parts <= most_parts && parts <= slices; ++parts) {
-    const int64_t each = blocks_of(slices, parts);
-    if (blocks_of(slices, each) != parts) continue;
-    for (int warps_k = 1; warps_k <= 4; warps_k *= 2) {
-      const int64_t blocks = groups * warps_k * others * parts;
-      const int64_t draws = 2 * blocks_of(each, warps_k), reads = each * 64 * own_tokens / 38400;
-      int64_t time = blocks_of(blocks, multiprocessors) * ((draws > reads ? draws : reads) + 1);
-      if (parts > 1)
-        time += 4 + parts * branches * tokens * groups * 256 * 8 / (20480 * multiprocessors);
-      if (least < 0 || time < least) {
-        least = time;
-        best = {warps_k, parts};
-      }
-    }
-  }
-  return best;
+  const Pieces pieces{slices, 4, 2400, own_tokens * 64, 32 * 64, branches * tokens * groups * 256};
+  return fastest(pieces, multiprocessors, least_parts, most_parts,
+                 [&](int warps_k) { return groups * warps_k * others; });
 }
 
 }  // namespace
@@ -351,7 +345,9 @@ int linear_transposed_parts(int64_t rows, int64_t cols, int64_t tokens, int64_t 
 const char* linear_transposed(const LinearArgs& a, float* partial, int parts, void* stream) {
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0 || a.w.cols == 0) return nullptr;
   constexpr int64_t most = 0x7FFFFFFF - 256;
-  if (a.w.cols > most || a.w.rows > most || a.tokens > 0x7FFFFFFF / a.w.rows)
+  constexpr int64_t units = 0xFFFFFFFF;  // of sixteen bytes
+  if (a.w.cols > most || a.w.rows > most || (a.w.rows + kSlice) * (a.w.row_stride / 8) > units ||
+      (a.branches - 1) * a.x_branch_stride / 8 + a.tokens * (a.w.rows / 8) > units)
     return "the product is too large";
   if (a.pending.count > 0) return "this product takes no pending update";
   if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
