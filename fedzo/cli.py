@@ -322,6 +322,7 @@ def main() -> None:
         explain = getattr(error, "format_message", None)  # a usage error
         if explain is None:
             raise
-        print(f"error: {' '.join(explain().split())}", file=sys.stderr)
+        if message := " ".join(explain().split()):  # none where help was shown instead
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedzo.gradients import pretraining_gradient
 from fedzo.messages import Block
 from fedzo.methods.base import Method, Reports, Rule, Setting
 from fedzo.space import Space
-from zokernels.masks import Mask
+from zokernels.masks import Mask, linear_weights
+from zokernels.selection import unwrap
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,8 @@ class Meerkat(Method):
         density: u.
         mask: a mask or its file, in place of one calibrated here.
         scope: ranking of the weights, ``"global"`` over the transformer's linear weights or
-            ``"layer"`` within each [reconstructed: global].
+            ``"layer"`` within each [reconstructed: global]. Frozen parameters are left out; where
+            no linear weight may move, all that may are ranked.
         seeds: ``"shared"`` by all clients of a round, or ``"client"`` [reconstructed: shared].
         track_gradip: compute every client's GradIP (needs calibration text).
         Otherwise as :class:`~fedzo.methods.base.Method`. Means are uniform over clients unless the
@@ -86,7 +88,13 @@ class Meerkat(Method):
             raise ValueError(
                 f"{self.name} needs calibration: batches of pre-training text, or a mask"
             )
-        return Mask.calibrate(setting.model, setting.calibration, self.density, scope=self.scope)
+        return Mask.calibrate(
+            setting.model,
+            setting.calibration,
+            self.density,
+            params=candidates(setting.model),
+            scope=self.scope,
+        )
 
     def merge(self, round: int, reports: Reports, rule: Rule) -> tuple[Block, ...]:
         """The mean of the clients; and their GradIP."""
@@ -105,6 +113,15 @@ class Meerkat(Method):
         distinct = list(dict.fromkeys(s for own in seeds.values() for s in own))
         inner = dict(zip(distinct, self.space.project(self.pretraining, distinct), strict=True))
         return gradip(seeds, {c: scalars for c, (_, scalars) in reports.items()}, inner)
+
+
+def candidates(model: nn.Module) -> list[str] | None:
+    """What a mask is chosen from: the linear weights that may move (``requires_grad``), or whatever
+    may where none of them does; None (the linear weights) where everything is frozen."""
+    model = unwrap(model)
+    may = [name for name, p in model.named_parameters() if p.requires_grad]
+    linear = linear_weights(model)
+    return [name for name in may if name in linear] or may or None
 
 
 def gradip(

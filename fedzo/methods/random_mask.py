@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedzo.methods.base import Setting
-from fedzo.methods.meerkat import Meerkat
+from fedzo.methods.meerkat import Meerkat, candidates
 from zokernels.masks import Mask
 
 
@@ -23,4 +23,10 @@ class RandomMask(Meerkat):
         """Random weights."""
         if self.mask is not None:
             return super().choose(setting)
-        return Mask.random(setting.model, self.density, seed=setting.seed, scope=self.scope)
+        return Mask.random(
+            setting.model,
+            self.density,
+            seed=setting.seed,
+            params=candidates(setting.model),
+            scope=self.scope,
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedzo.methods.base import Setting
-from fedzo.methods.meerkat import Meerkat
+from fedzo.methods.meerkat import Meerkat, candidates
 from zokernels.masks import Mask
 
 
@@ -23,4 +23,6 @@ class WeightMagnitude(Meerkat):
         """The largest weights."""
         if self.mask is not None:
             return super().choose(setting)
-        return Mask.magnitude(setting.model, self.density, scope=self.scope)
+        return Mask.magnitude(
+            setting.model, self.density, params=candidates(setting.model), scope=self.scope
+        )

@@ -13,7 +13,7 @@ import tiny_lm
 from typer.testing import CliRunner
 
 from fedzo import experiment, metrics, plots, summary
-from fedzo.cli import app
+from fedzo.cli import app, main
 from fedzo.config import RunConfig, build
 from zokernels.finetune.config import UserError
 
@@ -246,6 +246,14 @@ def test_mistakes_are_one_line_and_leave_nothing(place, tmp_path, change, messag
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
     assert re.search(message, result.stderr), result.stderr
     assert not (out / metrics.LINES).exists()
+
+
+def test_without_a_command_there_is_help_and_no_error(capfd, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fedzo"])
+    with pytest.raises(SystemExit):
+        main()
+    out, err = capfd.readouterr()
+    assert "Usage" in out and "error" not in err
 
 
 def test_a_natural_split_and_failing_clients(place, tmp_path):

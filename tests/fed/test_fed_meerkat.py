@@ -67,6 +67,18 @@ def test_other_masks():
     assert one.method.fingerprint == same.method.fingerprint != other.method.fingerprint
 
 
+@pytest.mark.parametrize("name", ["meerkat", "weight_magnitude", "random_mask"])
+@pytest.mark.parametrize("part", ["layers.0", "norm"])
+def test_a_mask_is_chosen_from_what_may_move(name, part):
+    model = zoo.build()
+    for key, p in model.named_parameters():
+        p.requires_grad_(part in key)
+    mask = zoo.method(name, density=0.02).choose(zoo.setting(model, zoo.ToyTask()))
+    free = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    linear = {n: shape for n, shape in free.items() if n in linear_weights(model)}
+    assert mask.shapes == (linear or free)
+
+
 def test_a_given_mask_is_taken(tmp_path):
     mask = Mask.random(zoo.build(), 0.01, seed=99)
     mask.save(tmp_path / "mask.safetensors")
