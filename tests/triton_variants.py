@@ -228,7 +228,11 @@ def variants() -> list[Variant]:
             }
             found.append(
                 Variant(
-                    f"update-{name}", update.update_kernel, constants, data, rows if gaussian else 4
+                    f"update-{name}",
+                    update.update_kernel,
+                    constants,
+                    data,
+                    8 if gaussian and kind == "fp32" else 4,
                 )
             )
     data = {"w": "*bf16", "out": "*bf16", "like": "*bf16", "partial": "*fp64"}

@@ -70,6 +70,13 @@ ZK_DEVICE int count_lanes(bool yes) { return __popc(__ballot_sync(0xFFFFFFFFu, y
 extern __shared__ __align__(16) char zk_shared[];
 ZK_DEVICE char* shared() { return zk_shared; }
 
+// The compiler may know that p is global memory.
+template <class T>
+ZK_DEVICE T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 ZK_DEVICE Vec16 load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
@@ -158,17 +165,49 @@ ZK_DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The fast path the compiler emits for a correctly rounded square root, without its test for inputs
-// near the ends of the range: x is in [2^-24, 64] here.
+// Of the special function unit: relative errors of up to 2^-23 (root) and 2^-22 (log2; absolute
+// between 1/2 and 2).
 ZK_DEVICE float root(float x) {
   float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  const float g = __fmul_rn(x, y), h = __fmul_rn(0.5f, y);
-  return __fmaf_rn(__fmaf_rn(-g, g, x), h, g);
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+ZK_DEVICE float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // hi(0x7F : w) from bit 9 on: w's upper 23 bits below the exponent of 1.0, in one instruction.
 ZK_DEVICE float one_to_two(uint32_t w) { return __uint_as_float(__funnelshift_r(w, 0x7Fu, 9)); }
+
+// In three instructions; the compiler takes two more to test the bit of a 64-bit product's half.
+ZK_DEVICE void swap_if_odd(uint32_t w, float& x, float& y) {
+  const float was_x = x, was_y = y;
+  asm("{\n"
+      ".reg .pred odd;\n"
+      ".reg .b32 bit;\n"
+      "and.b32 bit, %4, 1;\n"
+      "setp.ne.u32 odd, bit, 0;\n"
+      "selp.f32 %0, %3, %2, odd;\n"
+      "selp.f32 %1, %2, %3, odd;\n"
+      "}\n"
+      : "=&f"(x), "=f"(y)
+      : "f"(was_x), "f"(was_y), "r"(w));
+}
+
+ZK_DEVICE bool either_nan(float x, float y) { return !(x >= y) && !(x < y); }
+
+// Bytes of hi : lo, the lowest one by the lowest four bits of `selector`.
+ZK_DEVICE uint32_t bytes_of(uint32_t lo, uint32_t hi, uint32_t selector) {
+  return __byte_perm(lo, hi, selector);
+}
+// x + (w >> 16) in one instruction.
+ZK_DEVICE uint32_t add_upper_half(uint32_t x, uint32_t w) {
+  uint32_t sum;
+  asm("mad.hi.u32 %0, %1, 0x10000, %2;" : "=r"(sum) : "r"(w), "r"(x));
+  return sum;
+}
 
 // Two values as packed 16-bit numbers, `low` in the low half; to nearest even.
 template <DType T>

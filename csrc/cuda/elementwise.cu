@@ -126,28 +126,74 @@ ZK_DEVICE void round_nearest(float acc[4][V]) {
   }
 }
 
-// The two groups of a pair share their rounding words and stand eight lanes apart: each of the two
-// threads draws half of the words and sends the other its halves.
-template <DType T, int V>
-ZK_DEVICE void round_stochastic(const RowState& s, const Unit& u, float acc[4][V]) {
-  constexpr int half = V / 2;
-  const bool odd = (u.group & 1u) != 0;
-  ZK_UNROLL
-  for (int i = 0; i < half; ++i) {
-    const PhiloxWords w =
-        rounding_words(s, u.group, u.l + static_cast<uint32_t>(odd ? i + half : i));
+// The rounding bits of a unit: the low half of near[j][i] is quarter 2 j, column i, the high half
+// quarter 2 j + 1; far[j][i] is column i + V / 2. The two groups of a pair share their words and
+// stand eight lanes apart: each of the two threads draws half of them and sends the other its
+// halves.
+template <int V>
+struct RoundingBits {
+  uint32_t near[2][V / 2], far[2][V / 2];
+
+  ZK_DEVICE RoundingBits(const RowState& s, const Unit& u) {
+    constexpr uint32_t low_halves = 0x5410u, high_halves = 0x7632u;
+    const bool odd = (u.group & 1u) != 0;
+    const uint32_t keep = odd ? high_halves : low_halves, send = odd ? low_halves : high_halves;
     ZK_UNROLL
-    for (int j = 0; j < 4; j += 2) {
-      const uint32_t low = (w.w[j] & 0xFFFFu) | w.w[j + 1] << 16;
-      const uint32_t high = w.w[j] >> 16 | (w.w[j + 1] & 0xFFFF0000u);
-      const uint32_t mine = odd ? high : low;
-      const uint32_t got = dev::shuffle_xor(odd ? low : high, 64 / V);
-      // The even group drew columns i and got columns i + half, the odd one the other way round.
-      const uint32_t near = odd ? got : mine, far = odd ? mine : got;
-      acc[j][i] = stochastic<T>(acc[j][i], near & 0xFFFFu);
-      acc[j + 1][i] = stochastic<T>(acc[j + 1][i], near >> 16);
-      acc[j][i + half] = stochastic<T>(acc[j][i + half], far & 0xFFFFu);
-      acc[j + 1][i + half] = stochastic<T>(acc[j + 1][i + half], far >> 16);
+    for (int i = 0; i < V / 2; ++i) {
+      const auto drawn = static_cast<uint32_t>(odd ? i + V / 2 : i);
+      const PhiloxWords w = rounding_words(s, u.group, u.l + drawn);
+      ZK_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t mine = dev::bytes_of(w.w[2 * j], w.w[2 * j + 1], keep);
+        const uint32_t got =
+            dev::shuffle_xor(dev::bytes_of(w.w[2 * j], w.w[2 * j + 1], send), 64 / V);
+        near[j][i] = odd ? got : mine;
+        far[j][i] = odd ? mine : got;
+      }
+    }
+  }
+
+  ZK_DEVICE uint32_t pair(int j, int i) const { return i < V / 2 ? near[j][i] : far[j][i - V / 2]; }
+};
+
+// The sums whose upper halves are the values rounded to bfloat16. A NaN out of an fma has all of
+// its payload's bits set and would carry into the sign.
+template <int V>
+ZK_DEVICE void add_rounding_bits(const RoundingBits<V>& bits, float acc[4][V]) {
+  bool nan = false;
+  ZK_UNROLL
+  for (int j = 0; j < 4; j += 2) {
+    ZK_UNROLL
+    for (int i = 0; i < V; ++i) nan |= dev::either_nan(acc[j][i], acc[j + 1][i]);
+  }
+  if (nan) {
+    ZK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      ZK_UNROLL
+      for (int i = 0; i < V; ++i)
+        if (is_nan(acc[j][i])) acc[j][i] = bits_float(0x7FC00000u);
+    }
+  }
+  ZK_UNROLL
+  for (int j = 0; j < 4; j += 2) {
+    ZK_UNROLL
+    for (int i = 0; i < V; ++i) {
+      const uint32_t r = bits.pair(j / 2, i);
+      acc[j][i] = bits_float(float_bits(acc[j][i]) + (r & 0xFFFFu));
+      acc[j + 1][i] = bits_float(dev::add_upper_half(float_bits(acc[j + 1][i]), r));
+    }
+  }
+}
+
+template <int V>
+ZK_DEVICE void round_stochastic_f16(const RoundingBits<V>& bits, float acc[4][V]) {
+  ZK_UNROLL
+  for (int j = 0; j < 4; j += 2) {
+    ZK_UNROLL
+    for (int i = 0; i < V; ++i) {
+      const uint32_t r = bits.pair(j / 2, i);
+      acc[j][i] = stochastic<DType::f16>(acc[j][i], r & 0xFFFFu);
+      acc[j + 1][i] = stochastic<DType::f16>(acc[j + 1][i], r >> 16);
     }
   }
 }
@@ -164,24 +210,22 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, blocks_of(V, kind)) update_kernel(const Updat
     const Entry& e = a.table.entries[entry];
     const uint32_t param_id = e.place.param_id;
     const int64_t index = (tile - e.first_tile) * kThreads + dev::thread();
-    const Unit u = unit_at<V>(index, e.cut, e.place.col_offset);
-    const bool inside = u.row < e.m.rows, bf16 = e.m.dtype == DType::bf16;
+    Unit u = unit_at<V>(index, e.cut, e.place.col_offset);
+    // A thread past the last row has no columns.
+    if (u.row >= e.m.rows) u.col = e.m.cols;
+    const bool bf16 = e.m.dtype == DType::bf16;
     const uint32_t noise_row = e.place.row_offset + static_cast<uint32_t>(u.row);
 
     float acc[4][V];
-    if (inside) {
-      load_unit<V>(e.m, u, acc);
-    } else {
-      ZK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        ZK_UNROLL
-        for (int i = 0; i < V; ++i) acc[j][i] = 0.0f;
-      }
-    }
+    load_unit<V>(e.m, u, acc);
+    // The values are the upper halves: set after a stochastic rounding to bfloat16.
+    bool halves = false;
     ZK_NO_UNROLL
     for (int64_t k = 0; k < a.terms.count; ++k) {
-      const auto seed = static_cast<uint64_t>(a.terms.seeds[k]);
+      const PhiloxKeys keys = philox_keys(static_cast<uint64_t>(a.terms.seeds[k]));
       const float c = a.coeffs[k], decay = a.decay ? a.decay[k] : 1.0f;
+      if (halves) cut_low_halves<V>(acc);
+      halves = false;
       if (c != 0.0f || decay != 1.0f) {
         if (a.decay) {
           ZK_UNROLL
@@ -190,7 +234,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, blocks_of(V, kind)) update_kernel(const Updat
             for (int i = 0; i < V; ++i) acc[j][i] = acc[j][i] * decay;
           }
         }
-        const Draw<kind> draw(row_state(seed, noise_row, param_id, Stream::direction), u.group,
+        const Draw<kind> draw(row_state(keys, noise_row, param_id, Stream::direction), u.group,
                               u.l);
         ZK_UNROLL
         for (int i = 0; i < V; ++i) {
@@ -204,11 +248,13 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, blocks_of(V, kind)) update_kernel(const Updat
       if (!ends) continue;
       if constexpr (V == 8) {
         if (a.stochastic) {
-          const RowState bits = row_state(seed, noise_row, param_id, Stream::update_rounding);
+          const RoundingBits<V> bits(row_state(keys, noise_row, param_id, Stream::update_rounding),
+                                     u);
           if (bf16)
-            round_stochastic<DType::bf16, V>(bits, u, acc);
+            add_rounding_bits(bits, acc);
           else
-            round_stochastic<DType::f16, V>(bits, u, acc);
+            round_stochastic_f16(bits, acc);
+          halves = bf16;
         } else if (bf16) {
           round_nearest<DType::bf16, V>(acc);
         } else {
@@ -218,7 +264,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, blocks_of(V, kind)) update_kernel(const Updat
     }
     // The matrix is read again instead of held in registers.
     dev::forget();
-    if (inside) store_unit<V>(e.m, u, acc);
+    store_unit<V>(e.m, u, acc, halves);
   }
 }
 

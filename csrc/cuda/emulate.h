@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../numeric.h"
@@ -292,9 +293,27 @@ void wait_copies() {
   groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(landing));
 }
 
+template <class T>
+T* global(T* p) {
+  return p;
+}
+
 inline float root(float x) { return sqrtf(x); }
+inline float log2(float x) { return log2f(x); }
 inline uint64_t wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 inline float one_to_two(uint32_t w) { return bits_float(0x3F800000u | (w >> 9)); }
+inline void swap_if_odd(uint32_t w, float& x, float& y) {
+  if (w & 1u) std::swap(x, y);
+}
+inline bool either_nan(float x, float y) { return x != x || y != y; }
+inline uint32_t bytes_of(uint32_t lo, uint32_t hi, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(hi) << 32 | lo;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i)
+    out |= static_cast<uint32_t>(both >> (selector >> 4 * i & 7u) * 8 & 0xFFu) << 8 * i;
+  return out;
+}
+inline uint32_t add_upper_half(uint32_t x, uint32_t w) { return x + (w >> 16); }
 inline float half_to_float(uint16_t h) { return fp16_float(h); }
 
 template <DType T>

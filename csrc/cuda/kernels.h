@@ -26,9 +26,10 @@ struct Place {
   uint32_t param_id = 0;
 };
 
-// The groups of 256 columns that a row meets.
+// The groups of 256 columns that a row meets; n / groups = (n * factor) >> shift for n < 2^31.
 struct Cut {
   uint32_t first_group = 0, groups = 0;
+  uint32_t factor = 0, shift = 0;
 };
 
 // A tensor of a table: tiles [first_tile, first_tile of the next) are its.
@@ -184,7 +185,14 @@ inline Cut cut_columns(int64_t col_offset, int64_t cols, bool pairs) {
     first = first / 2 * 2;
     last = (last + 1) / 2 * 2;
   }
-  return {static_cast<uint32_t>(first), static_cast<uint32_t>(last - first)};
+  Cut cut;
+  cut.first_group = static_cast<uint32_t>(first);
+  cut.groups = static_cast<uint32_t>(last - first);
+  // factor = ceil(2^shift / groups), which is below 2^32.
+  cut.shift = 31;
+  while (uint64_t{1} << (cut.shift - 31) < cut.groups) ++cut.shift;
+  cut.factor = static_cast<uint32_t>(((uint64_t{1} << cut.shift) + cut.groups - 1) / cut.groups);
+  return cut;
 }
 
 // Columns a thread takes of each quarter: sixteen bytes of the narrower type.

@@ -73,8 +73,10 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 4) chunk_loss_kernel(const LossArgs a) {
     done = a.cols / V * V;
     ZK_NO_UNROLL
     for (int64_t c = int64_t{dev::thread()} * V; c < done; c += kThreads * V) {
+      Run<V> run;
+      run.load(dev::global(logits + c * (16 / V)), T);
       float v[V];
-      load_run<V>(logits, c, T, v);
+      run.unpack(T, v);
       sum.add<V>(v);
     }
   }

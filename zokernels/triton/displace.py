@@ -23,10 +23,9 @@ from zokernels.triton.noise import (
     anchor,
     direction,
     key_of,
+    last_rounded,
     moved,
-    narrow,
     number,
-    rounded,
     rounding_words,
     wide,
 )
@@ -141,11 +140,11 @@ def displace_kernel(
         last = chunk + 1 if GATHER == 2 else branches
         for g in range(first, last):
             found = moved(base, z, tl.load(coeffs + g), 1.0, False)
-            found = rounded(found, words, counter & 1, dtype, STOCHASTIC)
+            found = last_rounded(found, words, counter & 1, dtype, STOCHASTIC)
             for j in tl.static_range(4):
                 col = group.to(tl.int64) * 256 + (64 * j - skip) + c
                 place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
-                tl.store(place, narrow(found[j], dtype), mask=there & (col >= 0) & (col < cols))
+                tl.store(place, found[j], mask=there & (col >= 0) & (col < cols))
     else:
         acc = ()
         for _ in tl.static_range(BRANCHES):
@@ -162,8 +161,8 @@ def displace_kernel(
         for b in tl.static_range(BRANCHES):
             g = chunk * BRANCHES + b
             if g < branches:
-                found = rounded(acc[b], words, counter & 1, dtype, STOCHASTIC)
+                found = last_rounded(acc[b], words, counter & 1, dtype, STOCHASTIC)
                 for j in tl.static_range(4):
                     col = group.to(tl.int64) * 256 + (64 * j - skip) + c
                     place = out + number(g, tl.int64) * out_g + i * out_r + col * out_c
-                    tl.store(place, narrow(found[j], dtype), mask=there & (col >= 0) & (col < cols))
+                    tl.store(place, found[j], mask=there & (col >= 0) & (col < cols))

@@ -9,11 +9,12 @@ Formulas: :mod:`zokernels.noise`. Rows enter as ``[R, 1]`` and columns as ``[1, 
 broadcast by hand: the first two of Philox's ten rounds then cost a row or a column, not a tile.
 
 Cost of two normals, besides half a Philox call (8 rounds of 2 wide multiplications and 2 three-way
-xors, 16 instructions): about 29, of which two go to the special function unit (``lg2``, ``sqrt``).
+xors, 16 instructions): about 28, of which two go to the special function unit (``lg2``, ``sqrt``).
 Sine and cosine are polynomials: the unit's own are good to 5e-7 absolute, which a radius of 5.77
 turns into more than the contract's 2e-6, and the unit would be the bottleneck (four of its
 operations, at a quarter of the rate, against eight multiply-adds). Next to ``u = 1`` the unit's
-logarithm is good to 2**-22 absolute only, so a series in ``1 - u`` (exact) takes over there.
+logarithm is good to 2**-22 absolute only, so a series in ``1 - u`` (exact) takes over there. The
+operations are those of csrc/cuda/noise.h, so both GPU backends draw the same bits on one GPU.
 No function has a slow path, so no kernel needs a stack.
 
 Rademacher: one Philox call serves a row and 128 columns; each thread draws it for its rows, which
@@ -45,8 +46,9 @@ _C0: tl.constexpr = tl.constexpr(0.9999999724233207)
 _C1: tl.constexpr = tl.constexpr(-1.2336970142479016)
 _C2: tl.constexpr = tl.constexpr(0.2535986441112713)
 _C3: tl.constexpr = tl.constexpr(-0.020408352539511364)
-# Below this 1 - u the series is better than the hardware's logarithm.
-_NEAR_ONE: tl.constexpr = tl.constexpr(0.025)
+# -2 ln(1 - v) ~= v (2 + _NEAR v) for v < _NEAR_ONE: there the hardware's logarithm is no better.
+_NEAR: tl.constexpr = tl.constexpr(1.0085)
+_NEAR_ONE: tl.constexpr = tl.constexpr(0.0145)
 _MINUS_2_LN_2: tl.constexpr = tl.constexpr(-1.3862943611198906)
 
 
@@ -125,7 +127,7 @@ def box_muller(a, b):
     """Two normals of two words."""
     u = _one_to_two(a) - 0.999999940395355224609375  # 1 - 2**-24: exact
     v = 1.0 - u
-    near = v * tl.fma(v, tl.fma(v, 0.6666666865348816, 1.0), 2.0)
+    near = v * tl.fma(v, _NEAR, 2.0)
     r = _sqrt(tl.where(v < _NEAR_ONE, near, _log2(u) * _MINUS_2_LN_2))
     s = (_one_to_two(b) - 1.5) + 5.9604644775390625e-08  # + 2**-24: exact
     t = s * s
@@ -198,20 +200,30 @@ def nearest(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _upper_half(x, bits):
+    """The int32 whose upper half is float32 ``x``, rounded to bfloat16 by 16 random ``bits``.
+
+    An infinity has no low bits to carry from. A NaN out of an fma is positive with all of its
+    payload's bits set, and would carry into the sign: the largest NaN without low bits comes first.
+    """
+    raw = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
+    return tl.add(raw, bits.to(tl.int32, bitcast=True), sanitize_overflow=False)
+
+
+@triton.jit
 def stochastic(x, bits, dtype: tl.constexpr):
     """Float32 rounded to ``dtype`` by 16 random ``bits`` (uint32), as float32.
 
     What :func:`zokernels.noise.round_to` does: bfloat16 adds the bits below the kept half and drops
     it; float16 adds 13 of them above 2**-14, and rounds down on its grid of 2**-24 below.
     """
-    raw = x.to(tl.uint32, bitcast=True)
-    # Infinities have no low bits to carry from; a NaN's payload must not overflow.
     if dtype == tl.float32:
         return x
     elif dtype == tl.bfloat16:
-        moved = tl.add(raw, bits, sanitize_overflow=False) & 0xFFFF0000
-        return tl.where(x == x, moved.to(tl.float32, bitcast=True), x)
+        return (_upper_half(x, bits) & -65536).to(tl.float32, bitcast=True)
     else:
+        # Infinities have no low bits to carry from; a NaN's payload must not overflow.
+        raw = x.to(tl.uint32, bitcast=True)
         moved = tl.add(raw, bits >> 3, sanitize_overflow=False) & 0xFFFFE000
         size = tl.abs(x)
         # Both products are exact, so is the sum: 24 bits.
@@ -240,6 +252,22 @@ def rounded(x, words, odd, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
             new = new + (stochastic(x[j], (words[j] >> (16 * odd)) & 0xFFFF, dtype),)
         else:
             new = new + (nearest(x[j], dtype),)
+    return new
+
+
+@triton.jit
+def last_rounded(x, words, odd, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """:func:`rounded` as ``dtype``, without the way back to float32."""
+    new = ()
+    for j in tl.static_range(4):
+        if STOCHASTIC and dtype == tl.bfloat16:
+            half = _upper_half(x[j], (words[j] >> (16 * odd)) & 0xFFFF) >> 16
+            new = new + (half.to(tl.int16).to(tl.bfloat16, bitcast=True),)
+        elif STOCHASTIC and dtype == tl.float16:
+            found = stochastic(x[j], (words[j] >> (16 * odd)) & 0xFFFF, dtype)
+            new = new + (narrow(found, dtype),)
+        else:
+            new = new + (narrow(nearest(x[j], dtype), dtype),)
     return new
 
 

@@ -30,8 +30,8 @@ from zokernels.triton.noise import (
     anchor,
     direction,
     key_of,
+    last_rounded,
     moved,
-    narrow,
     number,
     rounded,
     rounding_words,
@@ -155,21 +155,24 @@ def update_kernel(
                 z = direction(row, col, pair * 2 + 1, param, k0, k1, zeros, GAUSSIAN)
                 odd = moved(odd, z, scale, factor, DECAY)
         if dtype != tl.float32:
-            end = k == terms - 1
+            end = k < terms - 1  # the last one follows behind
             if ENDS:
-                end = end | (tl.load(ends + k) != 0)
-            else:
-                end = k >= 0
+                end = end & (tl.load(ends + k) != 0)
             if end:
                 words = ()
                 if STOCHASTIC:
                     words = rounding_words(row, col, pair, param, k0, k1, zeros, 1)
                 even = rounded(even, words, 0, dtype, STOCHASTIC)
                 odd = rounded(odd, words, 1, dtype, STOCHASTIC)
-    acc = even + odd
+    words = ()
+    if STOCHASTIC and dtype != tl.float32:
+        k0, k1 = key_of(tl.load(seeds + terms - 1))
+        words = rounding_words(row, col, pair, param, k0, k1, zeros, 1)
+    new = last_rounded(even, words, 0, dtype, STOCHASTIC)
+    new = new + last_rounded(odd, words, 1, dtype, STOCHASTIC)
     for j in tl.static_range(8):
         inside = _inside(there, j, first, last)
-        tl.store(places + step * j, narrow(acc[j], dtype), mask=inside)
+        tl.store(places + step * j, new[j], mask=inside)
 
 
 @triton.jit(
