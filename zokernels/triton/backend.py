@@ -279,7 +279,8 @@ def update_(
                 DECAY=decay is not None,
                 ENDS=ends is not None,
                 DENSE=group.dense,
-                warps=rows if gaussian else 4,
+                # Normals of float32 in wider tiles want a register more than there is on sm_80.
+                warps=rows if gaussian and group.like.dtype == torch.float32 else 4,
             )
     with torch.no_grad():
         for p, matrix in copies:
