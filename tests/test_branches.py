@@ -7,9 +7,11 @@ thing can go wrong at a time.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -1150,6 +1152,56 @@ def test_batch_norm_statistics_move_as_in_one_forward():
     with torch.no_grad():
         want = plain(X)
     close(got, torch.stack([want, want]))
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed, as an attribute, a buffer, and once for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+        self.once: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.first(x)
+        self.mean = 0.5 * self.mean + self.hidden.mean(0)
+        if self.once is None:
+            self.once = self.hidden.detach().abs().max()
+        return self.last(self.hidden)
+
+
+def test_what_a_model_keeps_is_of_one_branch_afterwards():
+    model = Keeping()
+    wanted = []
+    for eps in PAIR:
+        with zo.displaced(model, [1], eps):
+            model(X)
+            wanted.append(model.hidden)
+    model.once = None
+    for _ in range(3):
+        zo.branches(model, [1], PAIR, sequential=None)(lambda: model(X))
+        assert any(torch.allclose(model.hidden, w, rtol=0, atol=1e-6) for w in wanted)
+        assert not torch.equal(*wanted)
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        torch.testing.assert_close(twin(X), model(X))
+        assert set(twin.state_dict()) == set(model.state_dict())
+        assert model.mean.shape == (4,) and model.once is not None and model.once.dim() == 0
+
+
+def test_a_penalty_on_what_a_model_keeps_is_stacked():
+    model = Keeping()
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(X), torch.zeros(len(X), dtype=torch.int64)) + (
+            model.hidden.square().mean()
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", zo.StackingWarning)
+        losses = [zo.branches(model, [1], PAIR)(loss) for _ in range(2)]
+    for got in losses:
+        close(got, torch.stack(at_weights(model, [1], PAIR, loss)))
 
 
 # --- threads --------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from zokernels import verify
 from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, exchanged
 from zokernels.deferred import placed, recording
+from zokernels.kept import Kept
 from zokernels.lazy import Lazy, LazyParameter, Scale, scaled
 from zokernels.lazy.masked import displaced as displaced_under_mask
 from zokernels.losses import loss_of
@@ -54,6 +55,7 @@ class _Memory:
 
     def __init__(self, binding: Binding) -> None:
         self.lazy = Lazy(binding)
+        self.kept = Kept()
         self.checked = False
         self.looked = False  # for readers of the original weights
         self.sequential: str | None = None  # the reason, when stacking was given up
@@ -301,6 +303,7 @@ class Branches:
         finally:
             self._own = ()
             _warn_of_loops(True)
+            memory.kept.settle()
         leaves, spec = layout
         return tree_unflatten(
             [next(stacked) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
@@ -379,12 +382,15 @@ class Branches:
         return outputs
 
     def _try_stacked(self, memory: _Memory, fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        put_back = memory.kept.look(self.binding.model)
         try:
             return self._stacked(memory, fn), None
         except Exception as error:
             if _out_of_memory(error):
                 raise
             return None, error
+        finally:
+            put_back()
 
     def _first_one_by_one(self, memory: _Memory, fn: Callable[[], Any]) -> Any:
         """One branch at a time, with a look at who reads the original weights."""
