@@ -207,12 +207,13 @@ def built() -> Backend:
     return Backend(folder)
 
 
-def native(multiprocessors: int = 4) -> Native:
-    """The backend's ops for CPU tensors."""
+def native(multiprocessors: int = 4, wgmma_tokens: int = 0) -> Native:
+    """The backend's ops for CPU tensors; tokens a branch up to which Hopper's product serves."""
     built()
     return Native(
         torch.ops.zokernels_cuda_ptx,
         stream=lambda device: 0,
         multiprocessors=lambda device: multiprocessors,
         capturing=lambda: False,
+        wgmma_tokens=lambda device: wgmma_tokens,
     )

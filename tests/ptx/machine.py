@@ -75,6 +75,7 @@ class Machine:
         memory: GlobalMemory,
         clock: Clock,
         races: bool,
+        proxies: bool,
     ) -> None:
         self.kernel, self.grid, self.threads, self.blocks = kernel, grid, threads, blocks
         self.memory, self.clock, self.races = memory, clock, races
@@ -101,7 +102,7 @@ class Machine:
         self.half_warps: dict[int, tuple[Array, Array]] = {}  # block -> lanes that wait, for whom
         if kernel.code["units"]:
             self.order = Order(blocks, threads)
-            self.watch = SharedWatch(cells, self.order, first * threads)
+            self.watch = SharedWatch(cells, self.order, first * threads, proxies)
             self.barriers: Barriers
             self.boxes: Boxes
             self.products: Products
@@ -616,6 +617,7 @@ def launch(
     dynamic_shared: int = 0,
     loose: bool = False,
     races: bool = True,
+    proxies: bool = True,
 ) -> None:
     """Run a grid.
 
@@ -625,6 +627,7 @@ def launch(
         loose: shared memory is aligned to what its variables ask for and not more; else it begins
             at 0, as compilers rely on that know how a GPU places it.
         races: look for accesses to shared and global memory that nothing orders.
+        proxies: ask for a fence between ordinary accesses and those of asynchronous units.
 
     Raises:
         PTXError: the kernel does something that is forbidden or unknown.
@@ -645,5 +648,6 @@ def launch(
         for first in range(0, total, each):
             blocks = min(each, total - first)
             Machine(
-                *(kernel, grid, threads, first, blocks, parameters, shared, memory, clock, races)
+                *(kernel, grid, threads, first, blocks, parameters, shared, memory, clock),
+                *(races, proxies),
             ).run()

@@ -101,8 +101,8 @@ class SharedWatch:
     Takes numbers of lanes, as :class:`ptx.memory.Watch` those of threads in the grid.
     """
 
-    def __init__(self, cells: int, order: Order, first_thread: int) -> None:
-        self.order, self._first = order, first_thread
+    def __init__(self, cells: int, order: Order, first_thread: int, proxies: bool) -> None:
+        self.order, self._first, self._proxies = order, first_thread, proxies
         self.writer = np.full(cells, -1, np.int32)  # a source
         self.stamp = np.zeros(cells, np.int32)
         # Times of each thread's last read, and of its last product that read.
@@ -141,7 +141,7 @@ class SharedWatch:
         if (written & (seen.generic[writer] < stamp)).any():
             return "a race: nothing orders this and a write of another thread"
         ordinary = written & (writer < self.order.threads)
-        if (ordinary & (seen.fenced[writer] < stamp)).any():
+        if self._proxies and (ordinary & (seen.fenced[writer] < stamp)).any():
             return "no fence.proxy.async since an ordinary write of what is read"
         return ""
 
@@ -158,7 +158,7 @@ class SharedWatch:
             return "a race: nothing orders this and an access of another thread"
         close = (writer >= 0) & (writer < n) & (seen.fenced[writer] < stamp)
         close |= (self.reads[cells] > seen.fenced[:n]).any(1)
-        if close.any():
+        if self._proxies and close.any():
             return "no fence.proxy.async since an ordinary access to what is replaced"
         return ""
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -30,6 +31,8 @@ _FORMATS = {
     **{"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q"},
     **{"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"},
 }
+# Older ones put no fence between copies (cp.async) and a warpgroup's product that reads them.
+PROXY_FENCES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 _SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may take
 
 
@@ -44,7 +47,7 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # kernels are kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -89,6 +92,7 @@ def run_compiled(
         bytes(parameters),
         GlobalMemory(tensors.ranges(given), tensors.living),
         dynamic_shared=compiled.metadata.shared,
+        proxies=PROXY_FENCES,
     )
 
 
