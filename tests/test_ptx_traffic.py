@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from ptx import cuda_gpu
 from ptx.traffic import Traffic, measured
 from test_ptx_emulator import run
 
@@ -128,3 +131,92 @@ LOOP:
 def test_what_did_not_run_is_no_zero() -> None:
     with pytest.raises(KeyError, match="no shared access of k"):
         count("  add.s32 %r1, %r0, 1;\n").of("k", "shared")
+
+
+# --- the CUDA backend -----------------------------------------------------------------------------
+
+BF16, F32 = torch.bfloat16, torch.float32
+# Of [128, 512] weights: an op, their dtype, tokens a branch, whether they are stored [in, out].
+Call = tuple[str, torch.dtype, int, bool]
+
+
+def call(op: str, dtype: torch.dtype, tokens: int, transposed: bool) -> tuple[Traffic, int]:
+    """Its traffic, and how many weights there are."""
+    generator = torch.Generator().manual_seed(1)
+    kernels: dict[str, Any] = cuda_gpu.native(8).kernels()
+    w = torch.randn(128, 512, generator=generator).to(dtype)
+    seeds, coeffs = torch.tensor([5]), torch.tensor([[0.1], [-0.1]])
+    place = (77, 0, 0, "gaussian")
+    fan_in = 128 if transposed else 512
+    x = torch.randn(2, tokens, fan_in, generator=generator).to(dtype)
+    with measured() as traffic:
+        if op == "update_":
+            rest = ([1], [0], [0], "gaussian", "stochastic")
+            kernels[op]([w], seeds, coeffs[0], None, None, *rest)
+        elif op == "displace":
+            kernels[op](w, seeds, coeffs, *place, "nearest", None)
+        elif op == "project":
+            kernels[op]([w], seeds, [1], [], [], "gaussian")
+        else:
+            kernels[op](x, w, None, seeds, coeffs, *place, False, transposed)
+    return traffic, w.numel()
+
+
+def worst(traffic: Traffic, kernel: str) -> dict[str, float]:
+    """The worst factor of each kind of access."""
+    found: dict[str, float] = {}
+    for space in ("global", "shared"):
+        with contextlib.suppress(KeyError):
+            for access in traffic.of(kernel, space):
+                name = access.text.split(" ", 1)[1] if access.text.startswith("@") else access.text
+                kind = f"{space} {name.split('.')[0]}"
+                found[kind] = max(found.get(kind, 0.0), access.factor)
+    return found
+
+
+READS = {"global ld": 1.0, "shared ld": 1.0, "shared st": 1.0}
+COPIES = {**READS, "shared cp": 1.0, "shared ldmatrix": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(cuda_gpu.NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    ("given", "kernel", "most"),
+    [
+        (("update_", BF16, 1, False), "update_kernel", {"global ld": 1.0, "global st": 1.0}),
+        (("update_", F32, 1, False), "update_kernel", {"global ld": 1.0, "global st": 1.0}),
+        (("displace", BF16, 1, False), "displace_kernel", {"global ld": 1.0, "global st": 1.0}),
+        (("displace", F32, 1, False), "displace_kernel", {"global ld": 1.0, "global st": 1.0}),
+        (("project", BF16, 1, False), "project_kernel", {**READS, "global st": 1.0}),
+        (("project", F32, 1, False), "project_kernel", {**READS, "global st": 1.0}),
+        # A warp stores eight outputs of four tokens at a time: half sectors of 16 bits.
+        *(
+            (
+                ("linear", BF16, tokens, False),
+                "linear_kernel",
+                {**COPIES, "global cp": 1.0, "global st": 2.0},
+            )
+            for tokens in (1, 9, 32, 64)
+        ),
+        # A warp's eight columns are half a sector; the warp beside it finds the other half cached.
+        *(
+            (
+                ("linear", BF16, tokens, True),
+                "linear_transposed",
+                {**COPIES, "global cp": 2.0, "global st": 2.0},
+            )
+            for tokens in (1, 9, 32, 64)
+        ),
+        # Two outputs of each token.
+        (("linear", F32, 8, False), "linear_few", {"global ld": 1.0, "global st": 4.0}),
+        (("linear", F32, 8, True), "linear_few_transposed", {**READS, "global st": 1.0}),
+    ],
+)
+def test_no_bank_conflicts_and_whole_sectors(
+    given: Call, kernel: str, most: dict[str, float]
+) -> None:
+    traffic, _ = call(*given)
+    found = worst(traffic, kernel)
+    assert set(found) <= set(most)
+    assert all(factor <= most[kind] for kind, factor in found.items()), traffic.of(kernel, "global")

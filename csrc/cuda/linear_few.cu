@@ -42,26 +42,35 @@ struct Split {
   int parts;
 };
 
-// sum += x times a lane's displaced weights; columns from `col` on, all of them inside or not.
-template <bool inside>
-ZK_DEVICE void multiply(const LinearArgs& a, int64_t first, bool two, int col,
+// sum += x times a lane's displaced weights; columns from `col` on, all of them inside or not. The
+// branches begin sixteen times start[g] bytes from x on; a branch that is not there reads the first
+// one's, and is not stored.
+template <bool whole>
+ZK_DEVICE void multiply(const LinearArgs& a, const uint32_t start[2], int col,
                         const float acc[2][4][4], float sum[2][kFewTokens]) {
   const int tokens = static_cast<int>(a.tokens), cols = static_cast<int>(a.w.cols);
   ZK_UNROLL
-  for (int g = 0; g < 2; ++g) {
-    if (g == 1 && !two) continue;
-    const char* x = a.x + ((first + g) * a.x_branch_stride + col) * 4;
+  for (int t = 0; t < kFewTokens; ++t) {
+    if (t >= tokens) continue;
+    const uint32_t at = static_cast<uint32_t>(t * (cols / 4) + col / 4);
+    // All of them are asked for before the first is waited for.
+    Vec16 v[2][4];
     ZK_UNROLL
-    for (int t = 0; t < kFewTokens; ++t) {
-      if (t >= tokens) continue;
+    for (int g = 0; g < 2; ++g) {
+      const char* const x = a.x + uint64_t{start[g] + at} * 16u;
       ZK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if (!inside && col + 64 * j >= cols) continue;
-        const Vec16 v = dev::load16(x + 256 * j);
+      for (int j = 0; j < 4; ++j)
+        v[g][j] = whole || col + 64 * j < cols ? dev::load16(x + 256 * j) : Vec16{{0u, 0u, 0u, 0u}};
+    }
+    ZK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (!whole && col + 64 * j >= cols) continue;
+      ZK_UNROLL
+      for (int i = 0; i < 4; ++i) {
         ZK_UNROLL
-        for (int i = 0; i < 4; ++i) sum[g][t] = fma32(bits_float(v.w[i]), acc[g][j][i], sum[g][t]);
+        for (int g = 0; g < 2; ++g)
+          sum[g][t] = fma32(bits_float(v[g][j].w[i]), acc[g][j][i], sum[g][t]);
       }
-      x += static_cast<uint32_t>(cols) * 4u;
     }
   }
 }
@@ -97,6 +106,13 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2)
     }
   };
   fetch(begin);
+  uint32_t start[2];
+  ZK_UNROLL
+  for (int g = 0; g < 2; ++g) {
+    start[g] = static_cast<uint32_t>((first + (two ? g : 0)) * a.x_branch_stride / 4);
+    dev::opaque(start[g]);
+  }
+  const Term lead = term_of(a, first, two, 0);
   ZK_NO_UNROLL
   for (int group = begin; group < end; ++group) {
     float acc[2][4][4];
@@ -106,13 +122,14 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2)
       for (int i = 0; i < 4; ++i) acc[0][j][i] = acc[1][j][i] = bits_float(raw[j].w[i]);
     }
     if (group + 1 < end) fetch(group + 1);
+    // Entered once without terms too: a loop that may be passed by costs copies of all registers.
+    Term term = lead;
+    int k = 0;
     ZK_NO_UNROLL
-    for (int64_t k = 0; k < a.terms.count; ++k) {
-      const float c0 = a.coeffs[first * a.terms.count + k];
-      const float c1 = two ? a.coeffs[(first + 1) * a.terms.count + k] : 0.0f;
-      if (c0 == 0.0f && c1 == 0.0f) continue;
-      const Draw<kind> draw(row_state(static_cast<uint64_t>(a.terms.seeds[k]), noise_row,
-                                      a.place.param_id, Stream::direction),
+    do {
+      if (k > 0) term = term_of(a, first, two, k);
+      if (term.c0 == 0.0f && term.c1 == 0.0f) continue;
+      const Draw<kind> draw(row_state(term.seed, noise_row, a.place.param_id, Stream::direction),
                             split.first_group + static_cast<uint32_t>(group),
                             static_cast<uint32_t>(l));
       ZK_UNROLL
@@ -121,16 +138,16 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 2)
         draw.column(static_cast<uint32_t>(i), z);
         ZK_UNROLL
         for (int j = 0; j < 4; ++j) {
-          acc[0][j][i] = fma32(c0, z[j], acc[0][j][i]);
-          acc[1][j][i] = fma32(c1, z[j], acc[1][j][i]);
+          acc[0][j][i] = fma32(term.c0, z[j], acc[0][j][i]);
+          acc[1][j][i] = fma32(term.c1, z[j], acc[1][j][i]);
         }
       }
-    }
+    } while (++k < static_cast<int>(a.terms.count));
     const int col = group * 256 + l;
     if (group * 256 + 256 <= cols)
-      multiply<true>(a, first, two, col, acc, sum);
+      multiply<true>(a, start, col, acc, sum);
     else
-      multiply<false>(a, first, two, col, acc, sum);
+      multiply<false>(a, start, col, acc, sum);
   }
 
   // Lane 8 g + t of a half warp stores branch g's token t.
@@ -241,6 +258,7 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
     }
   };
   if (begin + warp * 4 < end) fetch(begin + warp * 4);
+  const Term lead = term_of(a, first, two, 0);
   ZK_NO_UNROLL
   for (int k = begin + warp * 4; k < end; k += kRound) {
     float acc[2][4][4];
@@ -249,22 +267,21 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
     if (k + kRound < end) fetch(k + kRound);
     const uint32_t row = a.place.row_offset + static_cast<uint32_t>(k);
     // Entered once without terms too: a loop that may be passed by costs copies of all registers.
-    int64_t s = 0;
+    Term term = lead;
+    int s = 0;
     ZK_NO_UNROLL
     do {
-      const bool any = s < a.terms.count;
-      const float c0 = any ? a.coeffs[first * a.terms.count + s] : 0.0f;
-      const float c1 = any && two ? a.coeffs[(first + 1) * a.terms.count + s] : 0.0f;
-      if (c0 == 0.0f && c1 == 0.0f) continue;
-      draw_rows<kind>(static_cast<uint64_t>(a.terms.seeds[s]), a.place.param_id, row, group, l,
+      if (s > 0) term = term_of(a, first, two, s);
+      if (term.c0 == 0.0f && term.c1 == 0.0f) continue;
+      draw_rows<kind>(term.seed, a.place.param_id, row, group, l,
                       [&](uint32_t i, const float z[4]) {
                         ZK_UNROLL
                         for (int j = 0; j < 4; ++j) {
-                          acc[0][i][j] = fma32(c0, z[j], acc[0][i][j]);
-                          acc[1][i][j] = fma32(c1, z[j], acc[1][i][j]);
+                          acc[0][i][j] = fma32(term.c0, z[j], acc[0][i][j]);
+                          acc[1][i][j] = fma32(term.c1, z[j], acc[1][i][j]);
                         }
                       });
-    } while (++s < a.terms.count);
+    } while (++s < static_cast<int>(a.terms.count));
     ZK_UNROLL
     for (int g = 0; g < 2; ++g) {
       if (g == 1 && !two) continue;
@@ -347,7 +364,9 @@ int linear_few_transposed_parts(int64_t rows, int64_t cols, int64_t branches, in
 const char* linear_few(const LinearArgs& a, float* partial, int parts, void* stream) {
   if (a.tokens == 0 || a.branches == 0 || a.w.rows == 0) return nullptr;
   if (a.tokens > kFewTokens) return "this product takes few tokens";
-  if (a.w.cols > 0x3FFFFFFF) return "the product is too large";
+  constexpr int64_t units = 0xFFFFFFFF;  // of sixteen bytes
+  if (a.w.cols > 0x3FFFFFFF / kFewTokens || (a.branches - 1) * a.x_branch_stride / 4 > units / 2)
+    return "the product is too large";
   if (a.pending.count > 0) return "this product takes no pending update";
   if (parts < 1 || (parts > 1 && !partial)) return "a product in parts needs memory for their sums";
   const Cut cut = cut_columns(a.place.col_offset, a.w.cols, false);
