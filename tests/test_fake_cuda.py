@@ -8,7 +8,15 @@ from typing import Any
 import model_zoo as mz
 import pytest
 import torch
-from fake_cuda import FakeDevice, enter_devices, fake_device
+from fake_cuda import (
+    CaptureError,
+    FakeDevice,
+    Kernels,
+    cuda_adapters,
+    enter_devices,
+    fake_device,
+    triton_adapters,
+)
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_map
 
@@ -38,17 +46,43 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield made
 
 
-def step(device: FakeDevice, name: str, dtype: torch.dtype, steps: int = 1, **options: Any) -> None:
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(
+    request: pytest.FixtureRequest, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Kernels]:
+    """A backend's own adapters."""
+    if request.param == "cuda":
+        yield cuda_adapters(monkeypatch)
+    else:
+        with triton_adapters(monkeypatch) as (found, _):
+            yield found
+
+
+def moved(
+    device: FakeDevice, name: str, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A model, its batch and the optimizer's options on the device."""
     case = mz.CASES[name]
     model = mz.build(name, dtype)
     batch = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, case.batch())
     if "mask" in options:
-        options["mask"] = zo.Mask.random(model, options["mask"], seed=1)
-    model, batch = device.model(model), device.batch(batch)
-    with device():
+        options = {**options, "mask": zo.Mask.random(model, options["mask"], seed=1)}
+    return device.model(model), device.batch(batch), options
+
+
+def step(
+    device: FakeDevice,
+    name: str,
+    dtype: torch.dtype,
+    steps: int = 1,
+    kernels: Kernels | None = None,
+    **options: Any,
+) -> None:
+    model, batch, options = moved(device, name, dtype, options)
+    with device(kernels):
         opt = zo.MeZO(model, lr=1e-3, eps=1e-3, **options)
         for _ in range(steps):
-            loss = opt.step(batch, case.loss_fn)
+            loss = opt.step(batch, mz.CASES[name].loss_fn)
     assert loss.device.type == "cuda" and loss.shape == () and loss.dtype == torch.float32
     assert opt.num_steps == steps
 
@@ -82,6 +116,33 @@ def test_every_way_to_step_stays_on_the_device(device, name, options):
     step(device, name, torch.bfloat16, steps=4, **OPTIONS[options])
 
 
+GRAPHED = {name: o for name, o in OPTIONS.items() if not {"momentum", "sequential"} & set(o)}
+
+
+@pytest.mark.parametrize("options", sorted(set(OPTIONS) - set(GRAPHED)))
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_the_adapters_of_a_backend_stay_on_the_device(device, kernels, name, options):
+    step(device, name, torch.bfloat16, 3, kernels, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("options", GRAPHED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("opt", torch.float32),
+        *[(name, torch.bfloat16) for name in ("opt", "gpt2", "llama_lora")],
+    ],
+)
+def test_a_step_can_be_recorded(device, kernels, name, dtype, options):
+    model, batch, options = moved(device, name, dtype, GRAPHED[options])
+    with device(kernels):
+        opt = zo.MeZO(model, lr=1e-3, eps=1e-3, **options)
+        graphed = zo.GraphedStep(opt, batch, mz.CASES[name].loss_fn)
+        for _ in range(2):
+            loss = graphed(batch)
+    assert loss.device.type == "cuda" and opt.num_steps == 2
+
+
 @pytest.mark.parametrize("name", ["opt"])
 def test_mixed_devices_and_reads_are_noticed(device, name):
     """The instrument itself."""
@@ -92,3 +153,30 @@ def test_mixed_devices_and_reads_are_noticed(device, name):
         for read in (bool, float, torch.nonzero):
             with pytest.raises(Exception, match=r"local_scalar_dense|nonzero|data-dependent"):
                 read(there[:1])
+
+
+@pytest.mark.parametrize("name", ["opt"])
+def test_what_a_graph_must_not_hold_is_noticed(device, name):
+    """The instrument itself."""
+    with device():
+        there, host = torch.empty(3, device="cuda"), torch.empty(3)
+        bad: dict[str, Any] = {
+            "a list": lambda: torch.tensor([1.0, 2.0, 3.0], device="cuda"),
+            "a list, like another": lambda: there.new_tensor([1.0]),
+            "a copy": lambda: host.to("cuda"),
+            "a copy into": lambda: there.copy_(host),
+            "an index": lambda: there[[0, 2]],
+            "pinned": lambda: host.pin_memory(),
+            "to the host": lambda: there.cpu(),
+            "synchronised": lambda: torch.cuda.synchronize(),
+            "random state": lambda: torch.cuda.get_rng_state(),
+        }
+        for what, call in bad.items():
+            call()
+            with pytest.raises(CaptureError), torch.cuda.graph(None, stream=torch.cuda.Stream(0)):
+                call()
+                pytest.fail(what)
+        with torch.cuda.graph(None, stream=torch.cuda.Stream(0)):
+            torch.where(there > 0, there, torch.zeros_like(there)) * 2.0 + torch.arange(
+                3, device="cuda"
+            )

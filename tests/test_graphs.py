@@ -177,6 +177,50 @@ def test_a_graph_keeps_what_only_the_optimizer_holds(graphed: None) -> None:
     step(torch.ones(2, 4))
 
 
+CHANGED: dict[str, Any] = {
+    "clip": 0.5,
+    "distribution": "rademacher",
+    "estimator": "forward",
+    "num_directions": 2,
+    "rounding": "nearest",
+    "nonfinite": "raise",
+    "max_branches": 1,
+    "sequential": True,
+    "fuse_update": True,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_options_that_a_replay_would_not_follow_are_noticed(graphed: None, name: str) -> None:
+    net = Toy()
+    opt = zo.MeZO(net, lr=1e-2)
+    step = graphs.GraphedStep(opt, torch.ones(2, 4), loss_fn)
+    step()
+    before = net.linear.weight.detach().clone()
+    had = getattr(opt, name)
+    setattr(opt, name, CHANGED[name])
+    with pytest.raises(ValueError, match=f"^{name} was .* at the capture"):
+        step()
+    assert torch.equal(net.linear.weight, before) and opt.num_steps == 1
+    setattr(opt, name, had)
+    step()
+
+
+def test_the_state_of_another_run_and_another_mode_are_noticed(graphed: None) -> None:
+    net = Toy()
+    opt = zo.MeZO(net, lr=1e-2)
+    step = graphs.GraphedStep(opt, torch.ones(2, 4), loss_fn)
+    net.eval()
+    with pytest.raises(ValueError, match=r"model\.training was True"):
+        step()
+    net.train()
+    opt.load_state_dict(zo.MeZO(Toy(), lr=1e-2, seed=5).state_dict())
+    step()  # a seed is an input
+    opt.load_state_dict(zo.MeZO(Toy(), lr=1e-2, clip=0.1).state_dict())
+    with pytest.raises(ValueError, match=r"clip was None at the capture and is 0\.1"):
+        step()
+
+
 def test_losses_are_exchanged_before_the_recording(
     graphed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from zokernels import deferred
 from zokernels.binding import Binding, BoundParameter
 from zokernels.branches import Branches
 from zokernels.optim import MeZO
+from zokernels.optim_state import OPTIONS
 from zokernels.pending import PendingTerm, PendingUpdate
 
 
@@ -34,8 +35,9 @@ class GraphedStep:
 
     Journal, counters, ``state_dict`` and schedulers of the learning rate work as with ``opt.step``,
     and both can be mixed. What a graph holds cannot change: shapes, the train or eval mode,
-    ``eps``, which parameters move and where they and the buffers lie, Python values that the model
-    reads. The activations of the batch stay allocated for the next replay.
+    ``eps``, the optimizer's options, which parameters move and where they and the buffers lie,
+    Python values that the model reads. The activations of the batch stay allocated for the next
+    replay.
 
     Args:
         optimizer: a :class:`~zokernels.MeZO` whose steps stay on the device (see there), without
@@ -70,6 +72,7 @@ class GraphedStep:
         self._functions, sequential = optimizer._functions(held, loss_fn, None)
         self._rates = optimizer._rates()
         self._flags = optimizer._requires_grad()
+        self._options = self._recorded_options()
         self._inputs = optimizer._inputs(optimizer._seeds(optimizer._step), self._rates)
         if sequential:
             raise ValueError("optimizer must not be sequential: a graph holds the stacked branches")
@@ -147,6 +150,15 @@ class GraphedStep:
             for members, term in self._held:
                 self._pending.add(members, term)
 
+    def _recorded_options(self) -> dict[str, Any]:
+        """What a replay would take from the capture, whatever it is now."""
+        optimizer = self.optimizer
+        names = set(OPTIONS) | {"fuse_update", "max_branches", "sequential"}
+        found = {name: getattr(optimizer, name) for name in sorted(names - {"seed"})}
+        bound = optimizer._bound
+        assert isinstance(bound, Binding)
+        return found | {"model.training": bound.model.training}
+
     @property
     def _waits(self) -> bool:
         return self._pending.holds(self._by_name)
@@ -179,8 +191,8 @@ class GraphedStep:
             Mean loss over the branches, float32, 0-d.
 
         Raises:
-            ValueError: another structure or shape, or ``eps``, the moving parameters or the memory
-                of the model's tensors changed.
+            ValueError: another structure or shape, or ``eps``, an option of the optimizer, the
+                moving parameters, the mode or the memory of the model's tensors changed.
         """
         optimizer = self.optimizer
         rates = optimizer._rates()
@@ -190,6 +202,12 @@ class GraphedStep:
             raise ValueError("requires_grad was changed after the capture: make another one")
         if any(r.momentum for r in rates):
             raise ValueError("momentum was set after the capture")
+        for name, value in self._recorded_options().items():
+            if value != self._options[name]:
+                raise ValueError(
+                    f"{name} was {self._options[name]!r} at the capture and is {value!r} now: make "
+                    f"another GraphedStep"
+                )
         if [t.data_ptr() for t in self._tensors] != self._places:
             raise ValueError(
                 "a tensor of the model was given other memory after the capture: make another "
