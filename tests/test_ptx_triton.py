@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton_variants
 from ptx import triton_gpu
 from ptx.cases import Case, conformance
+from ptx.machine_code import used_in_flight
 from ptx.parser import Kernel, PTXError
 
 from zokernels import _registry, reference
@@ -146,3 +148,23 @@ def test_a_product_by_warpgroups_needs_its_waits(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(triton_gpu, "_kernel", changed)
         with triton_gpu.backend(90) as kernels, pytest.raises(PTXError, match=found):
             check(kernels, torch.bfloat16, 5)
+
+
+PRODUCTS = {v.name: v for v in triton_variants.variants() if v.name.startswith(("lin", "conv"))}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear-bf16-64rows-1terms",
+        "linear-bf16-32rows-1terms-gaussianFalse",
+        "linear-fp32-32rows-1terms",
+        "conv1d-bf16-32rows-1terms",
+    ],
+)
+def test_machine_code_leaves_products_in_flight_alone(name: str) -> None:
+    """By Triton's own assembler."""
+    listing = triton_variants.compile_for(PRODUCTS[name], 90).listing
+    assert "HGMMA" in listing
+    assert used_in_flight(listing) == []
+    assert used_in_flight(listing.replace("WARPGROUP.DEPBAR", "NOP"))  # the sums, at the end

@@ -73,6 +73,7 @@ class Machine:
     local: int
     shared: int
     instructions: list[str]
+    listing: str
 
     @property
     def resident(self) -> int:
@@ -124,9 +125,8 @@ def compile_for(variant: Variant, capability: int) -> Machine:
             ).stdout
 
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
-        code = re.findall(
-            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", dump("-sass")
-        )
+        listing = dump("-sass")
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing)
     return Machine(
         variant,
         int(usage["REG"]),
@@ -134,6 +134,7 @@ def compile_for(variant: Variant, capability: int) -> Machine:
         int(usage["LOCAL"]),
         binary.metadata.shared,
         code,
+        listing,
     )
 
 
