@@ -32,9 +32,9 @@ def option(pattern: str) -> list[str]:
 ARCHITECTURES = option(r'ZOKERNELS_CUDA_ARCHITECTURES "([^"]+)" CACHE')
 FLAGS = option(r"COMPILE_LANGUAGE:CUDA>:([^$]+);--threads")
 
-# Registers a thread: two blocks of 256 threads a multiprocessor, but for the products of up to 64
-# tokens a branch, whose sums alone take 64 (of transposed weights 128; in float32 64 at 8 tokens),
-# and of up to 128 by wgmma: 128.
+# Registers a thread: two blocks of 256 threads a multiprocessor, but for most products. Those of 16
+# bits hold both factors of a half panel (or slice) and up to 64 sums (of transposed weights 128),
+# those by wgmma 128 sums, and those of float32 weights stored [in, out] 64.
 MOST = dict.fromkeys(
     ("linear_kernel", "linear_transposed_kernel", "few_transposed_kernel", "linear_sm90_kernel"),
     255,

@@ -8,9 +8,9 @@
 //   four quarters of 256) it owns 8 columns a quarter, from 8 q on; four of them at a time (step t)
 //   fill a product's 16 columns: the product's columns 2q, 2q + 1, 2q + 8, 2q + 9 are the matrix's
 //   8q + 4t + {0, 1, 2, 3}. A product sums over its columns in any order, so the right factor is
-//   read the same way, eight adjacent bytes a thread, and nothing is shuffled or transposed. One
-//   Philox call, a (row, column) of a quarter, gives that column in all four quarters: four
-//   products' worth. No value of noise is drawn twice.
+//   read the same way, sixteen adjacent bytes a thread for both steps: whole sectors, and nothing
+//   is shuffled or transposed. One Philox call, a (row, column) of a quarter, gives that column in
+//   all four quarters: four products' worth. No value of noise is drawn twice.
 //
 // Block: 8 warps, 8 / warps_k of them side by side (16 outputs each), warps_k behind each other
 // taking every warps_k-th half panel; their sums meet in shared memory and are added in order.
@@ -18,28 +18,40 @@
 // where outputs do not fill the GPU: their sums meet in global memory and a second kernel adds them
 // in order (linear_parts). More than one block of tokens draws the noise again: the caller
 // multiplies through scratch tiles from there on.
-// Weights go through shared memory by cp.async, one half panel ahead; every thread reads back what
-// it copied itself, so that no barrier is needed.
+// Weights go through shared memory by cp.async, one half panel ahead: 32 KiB in flight, where 4.3
+// TB/s and a latency of 0.8 us ask for 26. Every thread reads back what it copied itself, sixteen
+// bytes at a time, so that no barrier is needed and no bank is asked twice.
 //
-// Ceiling, from the machine code for sm_80 with one seed and 32 tokens a branch. A weight costs 56
-// instructions with Gaussian noise: 38 the normal, 2 the two fma, 9 its share of products and their
-// loads, 7 unpacking, packing, copies and loops. With Rademacher noise 32 (14 the sign). A
-// multiprocessor issues 128 a cycle: 2.3 weights (4.0 with Rademacher) a cycle, 4.6 (8.0) bytes.
-// That is 1.1 (1.9) TB/s of weights on an H200, 132 multiprocessors at 1.8 GHz, with 4.8 TB/s of
-// memory bandwidth; 0.70 (1.2) of 2.0 TB/s on an A100. So this kernel waits for neither memory nor
-// the matrix unit: eight weights a lane feed 2 NT products, of about 6.5 cycles each at the rate
-// mma.sync reaches on Hopper, beside 8 * 56 issue cycles: a ninth of them at NT = 4, a quarter
-// at 8. TMA and wgmma speed up what is not waited for here; they pay where tokens are many, in
+// Ceiling, from the machine code for sm_90 with one seed; instructions a weight, with Gaussian and
+// with Rademacher noise:
+//
+//   tokens a branch                                  1 to 8      9 to 32     33 to 64
+//   the noise and its two fma                        27 11       27 11       27 11
+//   unpacking, packing, copies and loops              5  6        5  6        5  6
+//   products and activations                          1  1        3  2        5  4
+//   in all                                           33 18       35 19       37 21
+//   TB/s of weights, 132 multiprocessors, 1.8 GHz   1.8 3.4     1.8 3.2     1.7 2.9
+//
+// 4.8 TB/s is an H200's memory bandwidth: this kernel does not wait for it, nor for the matrix
+// unit: a half panel is 64 weights a lane and 16 NT products, of about 6.5 cycles each at the rate
+// mma.sync reaches on Hopper, beside 64 * 35 issue cycles: a fifth of them at NT = 4, a third at 8.
+// TMA and wgmma speed up what is not waited for here; they pay where tokens are many, in
 // linear_sm90.cu, and the plan with scratch tiles has them from cuBLAS. (Arithmetic, not
 // measurements.)
 //
+// Latency. 150 to 255 registers leave one block a multiprocessor, two warps a scheduler. A warp's
+// machine code holds back 1.6 to 1.8 cycles an instruction for results of fixed latency (2.0 to 2.3
+// with Rademacher noise), so two of them about fill a scheduler. It was 2.7 with 128 registers,
+// where four products in a row waited for each other's sum and the four Philox calls for registers:
+// now four sums take turns.
+//
+// Activations are what comes next: a block reads all of its part's, 2 NT eights of tokens, and at
+// 24 bytes a cycle from the second-level cache 32 tokens take longer than the noise where a block
+// has 16 outputs alone. fused.h weighs that against parts.
+//
 // Few tokens. Of the eight columns of a product's right factor one token uses one, yet plain fma
-// would not be cheaper: a product of 16 x 8 weights and its load are 0.5 instructions a weight for
-// up to 8 tokens of both branches. With NT = 1 a weight costs 48 (Rademacher 24): 39 (15) the noise
-// and its two fma, 7 unpacking, packing and products, 2 copies and loops; NT = 4 spends 49 on the
-// same tokens. By fma, linear_few.cu's loop has 52 at one token and 71 at eight in float32, and
-// here 4 more to round to 16 bits and to unpack again: 56 to 75. So 16-bit weights stay with mma at
-// any number of tokens: 1.3 (2.5) TB/s on an H200 by the same arithmetic, whatever the tokens.
+// would not be cheaper: linear_few.cu's loop has 36 instructions at one token and 58 at eight in
+// float32, and here 4 more to round to 16 bits and to unpack again.
 //
 // `pending` terms are applied, rounded and written back as a weight comes by, before the probe: the
 // update of the last step costs its noise and no pass over memory of its own.

@@ -10,22 +10,22 @@
 // Block: 8 warps, 16 outputs. Grid: outputs, pairs of branches times parts of the columns; several
 // parts where outputs do not reach every multiprocessor often enough.
 //
-// Ceiling, from the machine code for sm_80 with one seed. A weight costs 52 instructions at one
-// token and 71 at eight with Gaussian noise: 40 the noise and its two fma, 8 loads, copies and
-// loops, and 2.9 a token, 2 of them the fma; with Rademacher noise 27 and 47. A multiprocessor
-// issues 128 a cycle: 2.5 to 1.8 weights, 9.8 to 7.2 bytes, a cycle (Rademacher 19 to 11): 2.3
-// to 1.7 TB/s of weights on 132 multiprocessors at 1.8 GHz with 4.8 TB/s of memory bandwidth
-// (Rademacher 4.5 to 2.6). Through scratch tiles a weight takes 39 (11) instructions and 16 bytes
-// written and read again by the vendor's product: at the 24 bytes a cycle that the second cache
-// gives a multiprocessor, 0.97 (0.75) cycles against 0.41 to 0.55 (0.21 to 0.37) here. (Arithmetic,
-// not measurements.)
+// Ceiling, from the machine code for sm_90 with one seed. A weight costs 36 instructions at one
+// token and 58 at eight with Gaussian noise: 27 the noise and its two fma, 6 loads, copies and
+// loops, and 3.2 a token, 2 of them the fma; with Rademacher noise 21 and 43. A multiprocessor
+// issues 128 a cycle: 3.5 to 2.2 weights, 14 to 9 bytes, a cycle (Rademacher 25 to 12): 3.4 to 2.1
+// TB/s of weights on 132 multiprocessors at 1.8 GHz with 4.8 TB/s of memory bandwidth (Rademacher
+// 5.8 to 2.8). Through scratch tiles a weight takes 27 (11) instructions and 16 bytes written and
+// read again by the vendor's product: at the 24 bytes a cycle that the second cache gives a
+// multiprocessor, 0.88 (0.75) cycles against 0.28 to 0.46 (0.16 to 0.34) here. (Arithmetic, not
+// measurements.)
 //
 // Weights stored [in, out] have a kernel of their own: the noise's groups lie along the outputs, so
 // a lane owns an output in each quarter of a group and holds the sums of all four, 64 registers. A
 // warp owns 32 columns of each quarter and takes four rows at a time, an element a load; all its
 // lanes read the same x. Block: 8 warps behind each other, 128 outputs; grid: outputs, pairs of
-// branches times parts of the rows. A weight costs 55 instructions at one token and 73 at eight
-// (Rademacher 29 and 47), much as above.
+// branches times parts of the rows. A weight costs about 42 instructions at one token and 58 at
+// eight, much as above.
 #include "access.h"
 #include "fused.h"
 #include "launch.h"
@@ -242,19 +242,28 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
   ZK_UNROLL
   for (int i = 0; i < 8 * kFewTokens; ++i)
     sum[i / 4 / kFewTokens][i / 4 % kFewTokens][i % 4] = 0.0f;
-  // Columns that are not there are computed from the last one, and not stored.
-  const float* columns[4];
-  ZK_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const int n = n0 + lane + 64 * j;
-    columns[j] = reinterpret_cast<const float*>(a.w.data) + (n < outputs ? n : outputs - 1);
-  }
   float raw[4][4];
+  const auto* const weights = reinterpret_cast<const float*>(a.w.data) + (n0 + lane);
+  const bool whole = n0 + 224 <= outputs;
+  // Columns that are not there are computed from the last one, and not stored.
+  int place[4];
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j)
+    place[j] = n0 + lane + 64 * j < outputs ? 64 * j : outputs - 1 - n0 - lane;
   const auto fetch = [&](int k) {
-    ZK_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    const float* row = weights + k * a.w.row_stride;
+    if (whole) {
       ZK_UNROLL
-      for (int j = 0; j < 4; ++j) raw[i][j] = columns[j][(k + i) * a.w.row_stride];
+      for (int i = 0; i < 4; ++i, row += a.w.row_stride) {
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) raw[i][j] = row[64 * j];
+      }
+    } else {
+      ZK_UNROLL
+      for (int i = 0; i < 4; ++i, row += a.w.row_stride) {
+        ZK_UNROLL
+        for (int j = 0; j < 4; ++j) raw[i][j] = row[place[j]];
+      }
     }
   };
   if (begin + warp * 4 < end) fetch(begin + warp * 4);

@@ -26,23 +26,22 @@
 // in order. Grid: outputs, blocks of 8 NT tokens, pairs of branches times parts of the rows; the
 // sums of several parts meet in global memory and are added in order, as linear.cu's.
 //
-// Ceiling, from the machine code for sm_80 with one seed; instructions a weight, with Gaussian and
+// Ceiling, from the machine code for sm_90 with one seed; instructions a weight, with Gaussian and
 // with Rademacher noise:
 //
 //   tokens a branch                                  1 to 8      9 to 32     33 to 64
-//   the noise and its two fma                        40 14       40 14       40 14
-//   unpacking, packing, copies and loops              5  5        5  5        5  5
-//   products and activations                          1  1        4  4        8  8
-//   in all                                           46 20       49 23       53 27
-//   cycles of a multiprocessor, at 128 a cycle     0.36 0.16   0.38 0.18   0.41 0.21
-//   TB/s of weights, 132 of them at 1.8 GHz         1.3 3.0     1.2 2.6     1.1 2.3
+//   the noise and its two fma                        26 11       26 11       26 11
+//   all else                                          8  7        9  8       12 11
+//   in all                                           34 18       35 19       38 22
+//   cycles of a multiprocessor, at 128 a cycle     0.26 0.14   0.28 0.15   0.30 0.17
+//   TB/s of weights, 132 of them at 1.8 GHz         1.8 3.5     1.7 3.2     1.6 2.8
 //
-// Scratch tiles take 0.48 (0.34) cycles at these sizes (linear_sm90.cu), so this product should win
-// up to 64 tokens. With more it would draw the noise again for every 64, 0.82 (0.42) cycles, and
-// the caller multiplies through scratch. Up to 8 tokens two blocks share a multiprocessor; from 9
-// on sums take 64 and 128 registers and one block has it for itself: the sixteen normals that a
-// thread draws at a time are independent of each other, and all of a slice's activations are asked
-// for at once, which has to hide the latencies.
+// Scratch tiles take 0.39 (0.34) cycles at these sizes (as in linear_sm90.cu, with 27 and 11
+// instructions a displaced weight), so this product should win up to 64 tokens. With more it would
+// draw the noise again for every 64, 0.60 (0.34) cycles, and the caller multiplies through scratch.
+// Up to 8 tokens two blocks share a multiprocessor; from 9 on sums take 64 and 128 registers and
+// one block has it for itself: the sixteen normals that a thread draws at a time are independent of
+// each other, and eight sums take turns in the products, which has to hide the latencies.
 // (Arithmetic, not measurements.)
 #include "access.h"
 #include "fused.h"
