@@ -932,7 +932,7 @@ def test_control_flow_on_values_falls_back_with_one_warning():
         got = zo.branches(model, [1], [[0.5], [-0.5]])(lambda: model(x))
         zo.branches(model, [2], [[0.5], [-0.5]])(lambda: model(x))
         zo.dual_loss(model, x, seed=3, eps=0.1, loss_fn=lambda m, b: m(b))
-    assert len(record) == 1
+    assert len(record) == 1 and record[0].filename == __file__
     want = at_weights(model, [1], [[0.5], [-0.5]], lambda: model(x))
     close(got, torch.stack(want))
     with pytest.raises(RuntimeError):

@@ -190,6 +190,63 @@ def test_a_compiled_model_is_evaluated_as_the_model_itself():
         assert not torch.equal(compiled(x), before)
 
 
+def small() -> tuple[torch.nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    return net, (torch.randn(4, 6), torch.tensor([0, 1, 2, 1]))
+
+
+def cross_entropy(net: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def test_steps_and_evaluations_inside_compiled_functions() -> None:
+    plain, batch = small()
+    net, _ = small()
+    opt, ours = zo.MeZO(plain, lr=0.1), zo.MeZO(net, lr=0.1)
+
+    @torch.compile(backend="eager")
+    def train(x: Tensor, y: Tensor) -> Tensor:
+        return ours.step((2 * x, y), cross_entropy) + 1
+
+    @torch.compile(backend="eager")
+    def probe(x: Tensor, y: Tensor) -> Tensor:
+        plus, minus = zo.dual_loss(net, (x, y), seed=3, eps=0.1, loss_fn=cross_entropy)
+        return plus - minus
+
+    compiled_step = torch.compile(ours.step, backend="eager")
+    for _ in range(3):
+        want = opt.step((2 * batch[0], batch[1]), cross_entropy)
+        torch.testing.assert_close(train(*batch), want + 1)
+        torch.testing.assert_close(
+            compiled_step(batch, cross_entropy), opt.step(batch, cross_entropy)
+        )
+    plus, minus = zo.dual_loss(plain, batch, seed=3, eps=0.1, loss_fn=cross_entropy)
+    torch.testing.assert_close(probe(*batch), plus - minus, rtol=1e-4, atol=1e-5)
+    for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refusal_inside_a_compiled_function_leaves_compiled_models_alone() -> None:
+    net, batch = small()
+
+    @torch.compile(backend="eager")
+    def inside(x: Tensor) -> Tensor:
+        with zo.displaced(net, [1], [0.1]):
+            return net(x)
+
+    with pytest.raises(RuntimeError, match="compile"):
+        inside(batch[0])
+    compiled = torch.compile(net, backend="eager")
+    want = zo.dual_loss(net, batch, seed=3, eps=0.1, loss_fn=cross_entropy)
+    for _ in range(2):
+        got = zo.dual_loss(
+            net, batch, seed=3, eps=0.1, loss_fn=lambda _, b: cross_entropy(compiled, b)
+        )
+        torch.testing.assert_close(got, want)
+        compiled(batch[0])
+
+
 def test_the_ops_export():
     class Network(torch.nn.Module):
         def __init__(self) -> None:

@@ -830,6 +830,19 @@ def test_non_finite_losses_are_skipped(bad: float) -> None:
     assert not same(net, start) and not opt.last.skipped
 
 
+def test_a_closure_with_backward_is_told() -> None:
+    net = model()
+
+    def closure() -> Tensor:
+        loss = loss_fn(net, (X, Y))
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError) as error:
+        MeZO(net).step(closure)
+    assert error.value.__notes__ == ["MeZO's closures return the loss and call no backward()"]
+
+
 @pytest.mark.parametrize("form", ["module", "named"])
 def test_losses_that_never_differ_are_worth_one_word(form: str) -> None:
     net = model()

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +24,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import verify
 from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, exchanged
+from zokernels.caller import stacklevel
 from zokernels.deferred import placed, recording
+from zokernels.dynamo import compiled_models_run_eagerly, untraced
 from zokernels.kept import Kept
 from zokernels.lazy import Lazy, LazyParameter, Scale, scaled
 from zokernels.lazy.masked import displaced as displaced_under_mask
@@ -148,6 +148,7 @@ class Branches:
         """How often parameters were formed whole in the last evaluation of this model."""
         return dict(self._memory().lazy.state.materialised)
 
+    @untraced
     def __call__(self, fn: Callable[..., Any], *stacked: Tensor) -> Any:
         """``fn()`` at every branch, or ``fn(*(x[g] for x in stacked))`` at branch ``g``.
 
@@ -260,7 +261,7 @@ class Branches:
                         self.binding, {id(p.tensor): lazy.params[p.name] for p in swapped}
                     )
                     stack.enter_context(torch.no_grad())
-                    stack.enter_context(_compiled_models_run_eagerly())
+                    stack.enter_context(compiled_models_run_eagerly())
                     if memory.composite or memory.autocast:
                         stack.enter_context(CompositeOps())
                     yield
@@ -429,7 +430,7 @@ class Branches:
             f"{type(self.binding.model).__name__}: branches run one after another from now on: "
             f"{reason}",
             StackingWarning,
-            stacklevel=3,
+            stacklevel=stacklevel(),
         )
 
     def _report(self, memory: _Memory, formed: Mapping[str, int]) -> None:
@@ -444,7 +445,7 @@ class Branches:
                 f"{type(self.binding.model).__name__}: parameters formed whole in an evaluation, "
                 f"because they are used in a way that has no kernel: {', '.join(large[:5])}",
                 StackingWarning,
-                stacklevel=3,
+                stacklevel=stacklevel(),
             )
 
 
@@ -472,6 +473,7 @@ def branches(
     )
 
 
+@untraced
 def dual_loss(
     model: nn.Module | Binding,
     batch: Any,
@@ -699,35 +701,6 @@ def _swap_flat_weights(binding: Binding, swap: Mapping[int, Tensor]) -> None:
         for i, weight in enumerate(flat):
             if weight is not None and id(weight) in swap:
                 flat[i] = swap[id(weight)]
-
-
-_eager = threading.Lock()
-_eager_users = 0
-_eager_stance: Any = None
-
-
-@contextlib.contextmanager
-def _compiled_models_run_eagerly() -> Iterator[None]:
-    """Keep Dynamo from tracing into lazy parameters.
-
-    The stance is one value for the process, so the first of several evaluations sets it and the
-    last restores it. Where Dynamo is not loaded there is no compiled model, and loading it takes a
-    second.
-    """
-    global _eager_users, _eager_stance
-    with _eager:
-        _eager_users += 1
-        if _eager_users == 1 and "torch._dynamo" in sys.modules:
-            _eager_stance = torch.compiler.set_stance("force_eager")
-            _eager_stance.__enter__()
-    try:
-        yield
-    finally:
-        with _eager:
-            _eager_users -= 1
-            if _eager_users == 0 and _eager_stance is not None:
-                _eager_stance.__exit__(None, None, None)
-                _eager_stance = None
 
 
 @contextlib.contextmanager

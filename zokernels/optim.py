@@ -20,9 +20,11 @@ from zokernels import _registry, _targets, deferred
 from zokernels._targets import NamedTensors
 from zokernels.binding import Binding, BoundParameter, bind
 from zokernels.branches import Branches, displaced_storage
+from zokernels.caller import stacklevel
 from zokernels.deferred import Fetch, Inputs, placed, recording
 from zokernels.displacement import check_distribution, check_rounding
 from zokernels.distributed import check_process_group, check_same, mean_over_ranks
+from zokernels.dynamo import untraced
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
 from zokernels.noise import derive_seed, signed_seed
@@ -80,6 +82,15 @@ class StepResult:
     losses: tuple[float, ...]
     projected_gradients: tuple[tuple[float, ...], ...]
     skipped: bool
+
+
+def _called(closure: Callable[[], Tensor]) -> Tensor:
+    try:
+        return closure()
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            error.add_note("MeZO's closures return the loss and call no backward()")
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +418,7 @@ class MeZO(torch.optim.Optimizer):
 
     # --- a step -----------------------------------------------------------------------------------
 
+    @untraced
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -498,8 +510,7 @@ class MeZO(torch.optim.Optimizer):
             if self.nonfinite == "raise":
                 raise NonFiniteLossError(message)
             if not self._warned:
-                # Past torch's two wrappers of step, to the caller.
-                warnings.warn(f"{message}; such steps are skipped", stacklevel=5)
+                warnings.warn(f"{message}; such steps are skipped", stacklevel=stacklevel())
                 self._warned = True
             terms, coeffs, decay = (), ((),) * len(rates), ()
         self._flat = self._flat + 1 if finite and len(set(values)) == 1 else 0
@@ -509,7 +520,7 @@ class MeZO(torch.optim.Optimizer):
                 f"the last {FLAT} steps had equal losses at all branches, so no direction counted: "
                 f"does the loss come from another model than this optimizer's, or is eps too small "
                 f"for its precision?",
-                stacklevel=5,
+                stacklevel=stacklevel(),
             )
 
         keeps = any(rate.momentum for rate in rates)
@@ -685,7 +696,7 @@ class MeZO(torch.optim.Optimizer):
                 raise TypeError("step takes a closure, or a batch and loss_fn, not both")
             if not callable(closure):
                 raise TypeError(f"closure must be callable; got {type(closure).__name__}")
-            return [lambda: scalar(closure(), "the closure")], True
+            return [lambda: scalar(_called(closure), "the closure")], True
         if batch is None:
             raise TypeError(
                 "step needs a closure that returns the loss, or a batch: opt.step(lambda: "
