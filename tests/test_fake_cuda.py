@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["opt", "gpt2", "roberta", "opt_lora"])
 def test_every_way_to_step_stays_on_the_device(device, name, options):
     step(device, name, torch.bfloat16, steps=4, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 32, 33, 2048])
+@pytest.mark.parametrize("name", ["opt"])
+def test_the_triton_backend_says_which_updates_it_takes_along(
+    device, monkeypatch, name, tokens, dtype
+):
+    with triton_adapters(monkeypatch) as (found, compiled), device(found):
+        backend = sys.modules["zokernels.triton.backend"]
+        x = torch.empty((2, tokens, 768), dtype=dtype, device="cuda")
+        w = torch.empty((3072, 768), dtype=dtype, device="cuda")
+        seeds = torch.empty(1, dtype=torch.int64, device="cuda")
+        coeffs = torch.empty((2, 1), device="cuda")
+        term = (seeds, coeffs[0], None, "stochastic")
+        found["update_linear_"](x, w, None, seeds, coeffs, *term, 7, 0, 0, "gaussian", False)
+        takes = backend.takes_update(x, w, coeffs, False, "gaussian")
+    assert takes == ("update_kernel" not in compiled)
+    assert takes == (dtype == torch.bfloat16 and tokens <= 32)
 
 
 GRAPHED = {name: o for name, o in OPTIONS.items() if not {"momentum", "sequential"} & set(o)}

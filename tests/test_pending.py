@@ -126,6 +126,81 @@ def test_backends_that_cannot_fuse_make_it_first(
     assert equal(at_once, later)
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of parameters of the updates that no product made."""
+    found: list[int] = []
+    kernels = _registry.backends()["cpp"].kernels
+    update = kernels["update_"]
+
+    def counting(params: list[Tensor], *rest: Any) -> object:
+        found.append(len(params))
+        return update(params, *rest)
+
+    monkeypatch.setitem(kernels, "update_", counting)
+    monkeypatch.setattr(_registry, "_table", {})
+    return found
+
+
+def test_what_no_product_takes_along_is_one_update(
+    fused: list[str], launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, at_once, _ = run("opt", torch.bfloat16, False)
+    each = sorted(set(launches))
+    launches.clear()
+    monkeypatch.setattr(_registry.backends()["cpp"], "takes_update", lambda *product: False)
+    same_losses, later, _ = run("opt", torch.bfloat16, True)
+    assert fused == [] and same_losses == losses and equal(at_once, later)
+    assert len(launches) == 3 and sorted(set(launches)) == each  # a step
+
+
+def test_products_that_grow_or_shrink_from_step_to_step(
+    fused: list[str], launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation says what to expect of this one; where it errs the bits are the same."""
+
+    def few(x: Tensor, w: Tensor, coeffs: Tensor, shared: bool, distribution: str) -> bool:
+        return (x.shape[:-1] if shared else x.shape[1:-1]).numel() <= 15
+
+    monkeypatch.setattr(_registry.backends()["cpp"], "takes_update", few)
+    batch = mz.lm_batch()
+    short = {name: t[:, :5] for name, t in batch.items()}
+    found = {}
+    for fuse in (False, True):
+        launches.clear()
+        model = mz.build("opt", torch.bfloat16).eval()
+        opt = zo.MeZO(model, lr=1e-2, eps=1e-2, fuse_update=fuse)
+        taken, made = [], []
+        for some in (short, short, short, batch, batch, short, short):
+            before = len(fused), len(launches)
+            opt.step(some)
+            taken.append(len(fused) - before[0])
+            made.append(len(launches) - before[1])
+        opt.flush()
+        found[fuse] = weights(model)
+    assert equal(found[False], found[True])
+    #                first, learns, fused; too long; known; too short; fused
+    assert taken == [0, 0, 12, 0, 0, 0, 12]
+    assert made == [0, 1, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 64, 65])
+@pytest.mark.parametrize("branches", [2, 4])
+def test_the_cuda_backend_says_what_it_takes(
+    dtype: torch.dtype, tokens: int, branches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = cuda_emulated.native()
+    made: list[object] = []
+    monkeypatch.setattr(native, "update_", lambda *args: made.append(args))
+    x, w = torch.ones(branches, tokens, 64, dtype=dtype), torch.ones(8, 64, dtype=dtype)
+    coeffs = torch.full((branches, 1), 1e-3)
+    term = (torch.tensor([3]), torch.tensor([1e-3]), None, "nearest")
+    place = (7, 0, 0, "gaussian", False)
+    native.update_linear_(x, w, None, torch.tensor([1]), coeffs, *term, *place)
+    assert native.takes_update(x, w, coeffs, False, "gaussian") == (not made)
+
+
 # --- what must not see weights without their update -----------------------------------------------
 
 

@@ -445,6 +445,13 @@ class Native:
             y += bias[:, None]
         return y
 
+    def takes_update(
+        self, x: Tensor, w: Tensor, coeffs: Tensor, shared: bool, distribution: str
+    ) -> bool:
+        """Whether :meth:`update_linear_` of a whole weight is one pass over it."""
+        tokens = (x.shape[:-1] if shared else x.shape[1:-1]).numel()
+        return coeffs.shape[0] <= 2 and self.takes_fused(x, w, tokens, 0, False)
+
     def update_linear_(
         self,
         x: Tensor,

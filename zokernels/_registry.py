@@ -40,6 +40,9 @@ class Backend:
     devices: tuple[str, ...]
     kernels: dict[str, Kernel] = field(default_factory=dict)
     reason: str | None = None
+    # Whether its update_linear_ makes an update in the same pass: of x, w, coeffs, shared and the
+    # distribution. None: it does not say.
+    takes_update: Callable[..., bool] | None = None
     table: dict[tuple[str, str], Kernel] = field(default_factory=dict, repr=False)
 
     def serves(self, device: str) -> bool:
@@ -60,6 +63,7 @@ def _load(name: str) -> Backend:
         backend.kernels = dict(found.KERNELS)
         # Triton's interpreter works on CPU tensors.
         backend.devices = getattr(found, "DEVICES", devices)
+        backend.takes_update = getattr(found, "takes_update", None)
     except (ImportError, OSError, RuntimeError) as error:
         backend.reason = f"{type(error).__name__}: {error}"
     return backend

@@ -65,4 +65,6 @@ native = Native(
 
 synchronize = native.flags.wait
 
+takes_update = native.takes_update
+
 KERNELS: dict[str, Callable[..., object]] = native.kernels()

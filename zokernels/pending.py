@@ -114,6 +114,19 @@ class PendingUpdate:
         kinds = {p.device.type for p, _ in self._waiting.values()}
         return self._evaluating and all(_fuses(kind) for kind in kinds)
 
+    def taken_by(
+        self, x: Tensor, w: Tensor, coeffs: Tensor, shared: bool, distribution: str
+    ) -> bool:
+        """Whether a product of these, as for the op ``linear``, makes the update on its way.
+
+        As far as its backend says; one that does not say always may.
+        """
+        if not self._evaluating or not _fuses(w.device.type):
+            return False
+        backend = _registry.backends()[_registry.serving("update_linear_", w.device.type)]
+        takes = backend.takes_update
+        return takes is None or takes(x, w, coeffs, shared, distribution)
+
     def get(self, name: str) -> PendingTerm | None:
         """The term that waits for a parameter. Who makes it says so by :meth:`done`."""
         found = self._waiting.get(name)

@@ -78,8 +78,8 @@ class State:
         self._terms: dict[tuple[torch.device, Scale], tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
         self._pending: PendingUpdate | None = None
-        # Parameters that the last evaluation, and this one, read first by a product that could
-        # have updated them.
+        # Parameters that the last evaluation with a pending update, and this one, read first by a
+        # product that takes an update along.
         self._fusable: set[str] = set()
         self._seen: set[str] = set()
 
@@ -92,9 +92,9 @@ class State:
         pending: PendingUpdate | None = None,
     ) -> None:
         """Start an evaluation; ``pending``: an update that it makes as it reads the weights."""
-        self._fusable, self._seen = self._seen, set()
         self._pending = None
         if pending:
+            self._fusable, self._seen = self._seen, set()
             # One launch for all that no product will take.
             pending.make(but=self._fusable if pending.fuses else ())
             self._pending = pending
@@ -132,11 +132,21 @@ class State:
         self.touched.add(name)
         return self._scaled_terms(device, self.scale.get(name, 1.0))
 
-    def pending_term(self, name: str) -> PendingTerm | None:
-        """What a product of a whole matrix could apply to it first; asked before :meth:`terms`."""
-        if name not in self.touched:
+    def pending_term(self, name: str, x: Tensor, w: Tensor, shared: bool) -> PendingTerm | None:
+        """What a product ``x @ w^T`` is to apply to the whole ``w`` first; asked before
+        :meth:`terms`.
+
+        Where it would not save the update's pass, all that waits is made at once: the products of
+        one evaluation are of a size.
+        """
+        if self._pending is None or name in self.touched:
+            return None if self._pending is None else self._pending.get(name)
+        assert self.coeffs is not None
+        if self._pending.taken_by(x, w, self.coeffs, shared, self.distribution):
             self._seen.add(name)
-        return None if self._pending is None else self._pending.get(name)
+        elif name in self._pending:
+            self._pending.make()
+        return self._pending.get(name)
 
     def made(self, name: str) -> None:
         """A parameter's pending update is made."""
@@ -323,7 +333,7 @@ class LazyParameter(Tensor):
         transposed = self.transposed ^ flip
         term = None
         if not transposed and self.whole_matrix:
-            term = self.state.pending_term(self.parameter)
+            term = self.state.pending_term(self.parameter, x, self.matrix, shared)
         seeds, coeffs = self.state.terms(self.parameter, self.matrix.device, updated=term is None)
         if bias is not None and bias.dim() == 1:
             bias = bias.expand(coeffs.shape[0], -1)

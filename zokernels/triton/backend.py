@@ -582,6 +582,15 @@ def linear(
     return _product(x, w, bias, seeds, coeffs, *place, shared, transposed, None)
 
 
+def takes_update(x: Tensor, w: Tensor, coeffs: Tensor, shared: bool, distribution: str) -> bool:
+    """Whether ``update_linear_`` of a whole weight is one pass over it, if its kernel launches."""
+    branches, terms = coeffs.shape
+    tokens = (x.shape[:-1] if shared else x.shape[1:-1]).numel()
+    chosen = _plan(x, w, coeffs, tokens, shared, False, distribution)
+    rows = tokens if shared and terms == 1 else branches * tokens
+    return chosen.fused and any(t.rows >= rows for t in _choices(chosen, w, False))
+
+
 def update_linear_(
     x: Tensor,
     w: Tensor,
