@@ -42,7 +42,8 @@ def _named(text: str) -> set[int]:
         wide = re.findall(r"\.WIDE\S* R(\d+)|, R(\d+)$", text)
         return {*names, *(int(a or b) + 1 for a, b in wide)}
     pairs = {int(r) + 1 for r in re.findall(r"\bR(\d+)\.64\b", text)}  # addresses
-    return {r + i for r in names for i in range(each)} | pairs
+    data = re.findall(r"\bR(\d+)", re.sub(r"\[.*?\]", "", text))
+    return {*names, *(int(r) + i for r in data for i in range(each))} | pairs
 
 
 def _behind(
