@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ptx import cuda_gpu
+from ptx import cuda_gpu, triton_gpu
 from ptx.traffic import Traffic, measured
 from test_ptx_emulator import run
 
@@ -133,22 +133,20 @@ def test_what_did_not_run_is_no_zero() -> None:
         count("  add.s32 %r1, %r0, 1;\n").of("k", "shared")
 
 
-# --- the CUDA backend -----------------------------------------------------------------------------
+# --- both GPU backends ----------------------------------------------------------------------------
 
 BF16, F32 = torch.bfloat16, torch.float32
 # Of [128, 512] weights: an op, their dtype, tokens a branch, whether they are stored [in, out].
 Call = tuple[str, torch.dtype, int, bool]
 
 
-def call(op: str, dtype: torch.dtype, tokens: int, transposed: bool) -> tuple[Traffic, int]:
-    """Its traffic, and how many weights there are."""
+def call(kernels: dict[str, Any], given: Call) -> Traffic:
+    op, dtype, tokens, transposed = given
     generator = torch.Generator().manual_seed(1)
-    kernels: dict[str, Any] = cuda_gpu.native(8).kernels()
     w = torch.randn(128, 512, generator=generator).to(dtype)
     seeds, coeffs = torch.tensor([5]), torch.tensor([[0.1], [-0.1]])
     place = (77, 0, 0, "gaussian")
-    fan_in = 128 if transposed else 512
-    x = torch.randn(2, tokens, fan_in, generator=generator).to(dtype)
+    x = torch.randn(2, tokens, 128 if transposed else 512, generator=generator).to(dtype)
     with measured() as traffic:
         if op == "update_":
             rest = ([1], [0], [0], "gaussian", "stochastic")
@@ -159,7 +157,7 @@ def call(op: str, dtype: torch.dtype, tokens: int, transposed: bool) -> tuple[Tr
             kernels[op]([w], seeds, [1], [], [], "gaussian")
         else:
             kernels[op](x, w, None, seeds, coeffs, *place, False, transposed)
-    return traffic, w.numel()
+    return traffic
 
 
 def worst(traffic: Traffic, kernel: str) -> dict[str, float]:
@@ -216,7 +214,18 @@ COPIES = {**READS, "shared cp": 1.0, "shared ldmatrix": 1.0}
 def test_no_bank_conflicts_and_whole_sectors(
     given: Call, kernel: str, most: dict[str, float]
 ) -> None:
-    traffic, _ = call(*given)
+    traffic = call(cuda_gpu.native(8).kernels(), given)
     found = worst(traffic, kernel)
     assert set(found) <= set(most)
-    assert all(factor <= most[kind] for kind, factor in found.items()), traffic.of(kernel, "global")
+    assert all(factor <= most[kind] for kind, factor in found.items()), found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("op", ["update_", "displace", "linear"])
+def test_triton_has_no_bank_conflicts_and_whole_sectors(op: str) -> None:
+    with triton_gpu.backend() as kernels:
+        traffic = call(dict(kernels), (op, BF16, 16, False))
+    found = worst(traffic, op.strip("_") + "_kernel")
+    assert "global ld" in found
+    assert set(found.values()) == {1.0}
