@@ -286,6 +286,30 @@ def test_shuffle(mode: str, b: int, c: int, source: Callable[[int], int], tmp_pa
     assert got.tolist() == [3 * (i // 32 * 32 + source(i % 32)) + 5 for i in range(64)]
 
 
+def test_ways_that_part_meet_again(tmp_path: Path) -> None:
+    """A loop whose threads part: some go by a block behind the loop's end, some round at once."""
+    body = """
+  mov.u32 %r5, 0; mov.u32 %r4, 0;
+HEAD:
+  shfl.sync.bfly.b32 %r2|%p1, %r0, 1, 31, -1;
+  add.u32 %r4, %r4, %r2;
+  and.b32 %r3, %r0, 1; setp.eq.u32 %p2, %r3, 1;
+  @%p2 bra LATE;
+AGAIN:
+  add.u32 %r5, %r5, 1; setp.lt.u32 %p3, %r5, 3;
+  @%p3 bra HEAD;
+  bra END;
+LATE:
+  add.u32 %r4, %r4, 100;
+  bra AGAIN;
+END:
+  shl.b64 %d3, %d2, 2; add.s64 %d3, %d0, %d3; st.global.b32 [%d3], %r4;
+"""
+    assembles(kernel(body), tmp_path)
+    got = run(body, np.zeros(64, np.uint32), words([0]), threads=64)
+    assert got.tolist() == [3 * ((i ^ 1) + 100 * (i % 2)) for i in range(64)]
+
+
 def test_votes_and_reductions(tmp_path: Path) -> None:
     body = """
   and.b32 %r1, %r0, 3; setp.eq.u32 %p1, %r1, 1;

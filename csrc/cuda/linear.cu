@@ -173,13 +173,15 @@ ZK_KERNEL void ZK_BOUNDS(kThreads, 1)
       const char* const at =
           a.w.data + uint64_t{source[row] + static_cast<uint32_t>(col) / 8u} * 16u;
       char* const slots = mine + chunk(slot, row, 0);
+      // The last output's owner writes it meanwhile.
+      const bool there = !pending || n0 + r + row * 8 < a.w.rows;
       if (whole) {
         ZK_UNROLL
-        for (int j = 0; j < 4; ++j) dev::copy16(slots + chunk(0, 0, j), at + 128 * j, true);
+        for (int j = 0; j < 4; ++j) dev::copy16(slots + chunk(0, 0, j), at + 128 * j, there);
       } else {
         ZK_UNROLL
         for (int j = 0; j < 4; ++j)
-          dev::copy16(slots + chunk(0, 0, j), at + 128 * j, col + q * 8 + 64 * j < cols);
+          dev::copy16(slots + chunk(0, 0, j), at + 128 * j, there && col + q * 8 + 64 * j < cols);
       }
     }
   };

@@ -1,10 +1,9 @@
 """Runs a grid: every thread is a lane of NumPy vectors, the one that is furthest behind goes first.
 
-Threads at the same basic block go together, those furthest up in the program before the others, but
-none through a loop again before those inside it, until all have ended or wait at a barrier. That is
-one order of those the manual allows; what another order would change is found by
-:class:`ptx.memory.Watch`, or for kernels with asynchronous units and barriers in memory by
-:class:`ptx.order.SharedWatch`.
+Threads at the same basic block go together, and where their ways meet the first wait for the last
+(:mod:`ptx.flow`), until all have ended or wait at a barrier. That is one order of those the manual
+allows; what another order would change is found by :class:`ptx.memory.Watch`, or for kernels with
+asynchronous units and barriers in memory by :class:`ptx.order.SharedWatch`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ptx import flow
 from ptx.memory import Clock, GlobalMemory, Watch
 from ptx.order import Order, SharedWatch
 from ptx.parser import SIZES, Instruction, Kernel, PTXError
@@ -115,8 +115,6 @@ class Machine:
         self.copies: list[Copy] = []
         self.group = np.zeros(n, np.int64)  # the open one of each thread
         self.pending: dict[int, Array] = {0: np.ones(n, bool)}
-        self.running = 0
-        self.latest: dict[int, float] = {}  # heads of loops -> behind the loop's last block
         self.waiting: dict[int, Array] = {}
         self.at: Instruction | None = None
 
@@ -347,8 +345,6 @@ class Machine:
 
     def go(self, block: int, mask: Array) -> None:
         if mask.any():
-            if block <= self.running:  # once more through a loop: after those still inside it
-                self.latest[block] = max(self.running + 0.5, self.latest.get(block, 0.0))
             found = self.pending.get(block)
             self.pending[block] = mask if found is None else found | mask
 
@@ -444,12 +440,11 @@ class Machine:
             raise self.error("threads wait for a phase that never ends", lanes)
 
     def run(self) -> None:
-        code = self.kernel.code["blocks"]
+        code, ranks = self.kernel.code["blocks"], self.kernel.code["ranks"]
         while self.pending or self.waiting or self.parked or self.half_warps:
             if not self.pending:
                 self._next()
-            number = min(self.pending, key=lambda block: self.latest.get(block, block))
-            self.running = number
+            number = min(self.pending, key=ranks.__getitem__)
             mask = self.pending.pop(number)
             mask_or_all = None if mask.all() else mask
             self.narrow(mask_or_all)
@@ -601,6 +596,7 @@ def compiled(kernel: Kernel) -> None:
             for block in blocks
         ],
         registers=compiler.slots,
+        ranks=flow.ranks(kernel),
         granule=min(sizes),
         shared_granule=min(shared),
         units=_units(compiler, kernel),
