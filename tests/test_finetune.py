@@ -540,6 +540,27 @@ def test_killed_run_resumes_bit_for_bit(model_dir: Path, labelled: Path, tmp_pat
     assert journals[0].steps == journals[1].steps
 
 
+def test_an_interrupt_keeps_the_step_it_came_in(
+    model_dir: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(model_dir, labelled, tmp_path / "run", checkpoint_every=1000, **CLASSIFY)
+    order = data_.order
+
+    def interrupted(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return order(count, batch_size, seed, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_, "order", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.finetune(config, SILENT)
+    folder = tmp_path / "run" / f"seed-{config.seed}"
+    assert len((folder / train.METRICS).read_text().splitlines()) == 7
+    saved = json.loads((folder / train.CHECKPOINT).read_text())
+    assert saved["optimizer"]["mezo"]["step"] == 7
+
+
 def test_folders_are_not_mixed_up(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
     config = configuration(model_dir, labelled, tmp_path / "out", **CLASSIFY, steps=1)
     train.finetune(config, SILENT)

@@ -7,6 +7,8 @@ import io
 import math
 import pickle
 import random
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -755,6 +757,63 @@ def test_an_error_in_a_step_changes_nothing(case: str) -> None:
     opt.step(lambda: loss_fn(net, (X, Y)))
     plain.step(lambda: loss_fn(twin, (X, Y)))
     assert same(net, twin)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_an_interrupt_at_any_moment_leaves_whole_steps(fuse: bool) -> None:
+    net, journal = model(), Trajectory()
+    opt = MeZO(net, lr=1e-2, journal=journal, fuse_update=fuse)
+    opt.step(BATCH)
+
+    def step(at: int) -> int:
+        """A step, interrupted at a call or return of a function; how many there were."""
+        count = 0
+
+        def look(*_: object) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                signal.raise_signal(signal.SIGINT)
+
+        sys.setprofile(look)
+        try:
+            opt.step(BATCH)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    whole, interrupted = step(0), 0
+    for at in range(1, whole, max(whole // 100, 1)):
+        try:
+            step(at)
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert opt.num_steps == len(journal)
+    assert interrupted >= 90
+    opt.flush()
+    replayed = model()
+    journal.replay_(replayed)
+    assert same(replayed, net)
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    net = model()
+    opt = MeZO(net, lr=1e-2)
+    start = weights(net)
+
+    def closure() -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        reached.append("once")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("twice")
+        return loss_fn(net, (X, Y))
+
+    reached: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    assert reached == ["once"] and opt.num_steps == 0 and same(start, net)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    opt.step(BATCH)
 
 
 def test_a_failing_update_takes_its_journal_record_back(monkeypatch: pytest.MonkeyPatch) -> None:

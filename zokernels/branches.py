@@ -27,6 +27,7 @@ from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, ex
 from zokernels.caller import stacklevel
 from zokernels.deferred import placed, recording
 from zokernels.dynamo import compiled_models_run_eagerly, untraced
+from zokernels.interrupts import whole
 from zokernels.kept import Kept
 from zokernels.lazy import Lazy, LazyParameter, Scale, scaled
 from zokernels.lazy.masked import displaced as displaced_under_mask
@@ -149,6 +150,7 @@ class Branches:
         return dict(self._memory().lazy.state.materialised)
 
     @untraced
+    @whole
     def __call__(self, fn: Callable[..., Any], *stacked: Tensor) -> Any:
         """``fn()`` at every branch, or ``fn(*(x[g] for x in stacked))`` at branch ``g``.
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from zokernels import deferred
 from zokernels.binding import Binding, BoundParameter
 from zokernels.branches import Branches
+from zokernels.interrupts import whole
 from zokernels.optim import MeZO
 from zokernels.optim_state import OPTIONS
 from zokernels.pending import PendingTerm, PendingUpdate
@@ -180,6 +181,7 @@ class GraphedStep:
             term.decay.fill_(1)
         self._wait()
 
+    @whole
     @torch.no_grad()
     def __call__(self, batch: Any = None) -> Tensor:
         """One step.

@@ -25,6 +25,7 @@ from zokernels.deferred import Fetch, Inputs, placed, recording
 from zokernels.displacement import check_distribution, check_rounding
 from zokernels.distributed import check_process_group, check_same, mean_over_ranks
 from zokernels.dynamo import untraced
+from zokernels.interrupts import whole
 from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
 from zokernels.noise import derive_seed, signed_seed
@@ -419,6 +420,7 @@ class MeZO(torch.optim.Optimizer):
     # --- a step -----------------------------------------------------------------------------------
 
     @untraced
+    @whole
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -452,7 +454,8 @@ class MeZO(torch.optim.Optimizer):
             ModelChangedError: the model's parameters are not those that were given.
             TrajectoryError: the journal already has this step.
             Whatever the model or the closure raises. After an error the weights, the step counter
-            and the journal are what they were before.
+            and the journal are what they were before. Ctrl-C waits for the end of the step; a
+            second one does not.
         """
         for group in self.param_groups:
             check_group(group)

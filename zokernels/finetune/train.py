@@ -45,6 +45,7 @@ from zokernels.finetune.memory import Peak
 from zokernels.finetune.objective import Objective, Score, evaluate
 from zokernels.finetune.peer import Comparison, compare, drift
 from zokernels.groups import param_groups
+from zokernels.interrupts import whole
 from zokernels.optim import MeZO
 from zokernels.trajectory import Trajectory
 from zokernels.trajectory_format import TrajectoryError
@@ -331,6 +332,7 @@ class _Trainer:
             history.before = history.before or peak.before
             history.peak = max(history.peak, peak.peak)
 
+    @whole
     def _one(self, optimizer: MeZO, metrics: Any, history: _History, task: TaskID) -> None:
         config, step = self.config, optimizer.num_steps
         lr = config.lr * lr_factor(config.schedule, step, config.steps, config.warmup)
