@@ -540,6 +540,18 @@ def test_killed_run_resumes_bit_for_bit(model_dir: Path, labelled: Path, tmp_pat
     assert journals[0].steps == journals[1].steps
 
 
+@pytest.mark.parametrize("changes", [{}, CLASSIFY], ids=["completion", "classify"])
+def test_the_table_fits_a_narrow_terminal(
+    changes: dict[str, Any], model_dir: Path, labelled: Path, tmp_path: Path
+) -> None:
+    task = changes or {"prompt_column": "prompt"}
+    config = configuration(model_dir, labelled, tmp_path / "run", steps=2, repeats=2, **task)
+    console = Console(file=io.StringIO(), width=80)
+    report.show(train.finetune(config, SILENT), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "seed 0" in text and "seed 1" in text and "…" not in text
+
+
 def test_an_interrupt_keeps_the_step_it_came_in(
     model_dir: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def test_counts_and_density() -> None:
         ({"a": torch.tensor([0])}, {"b": (2,)}, ValueError, "same names; differing: ['a', 'b']"),
         ({"a": torch.tensor([0.0])}, {"a": (2,)}, TypeError, "must be an int64 vector; got"),
         ({"a": torch.tensor([[0]])}, {"a": (2,)}, TypeError, "of shape (1, 1)"),
+        ({"a": [0, 1]}, {"a": (2,)}, TypeError, "must be an int64 vector; got list"),
         ({"a": torch.tensor([2])}, {"a": (2,)}, ValueError, "must be in [0, 2), sorted; got 2"),
         ({"a": torch.tensor([-1])}, {"a": (2,)}, ValueError, "must be in [0, 2), sorted; got -1"),
         ({"a": torch.tensor([1, 0])}, {"a": (2,)}, ValueError, "must be strictly increasing"),

@@ -80,6 +80,10 @@ class Mask:
         self.indices: dict[str, Tensor] = {}
         self.scope = scope
         for name, given in indices.items():
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    f"indices[{name!r}] must be an int64 vector; got {type(given).__name__}"
+                )
             if given.dtype != torch.int64 or given.dim() != 1:
                 raise TypeError(
                     f"indices[{name!r}] must be an int64 vector; got {given.dtype} of shape "

@@ -84,7 +84,7 @@ def show(summary: Summary, console: Console) -> None:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("", no_wrap=True)
-    for name in ("loss", "acc." if accuracy else "perplexity"):
+    for name in ("loss", "acc." if accuracy else "ppl."):
         for when in ("before", "after"):
             table.add_column(f"{name} {when}", justify="right", no_wrap=True)
     for run in summary.runs:
