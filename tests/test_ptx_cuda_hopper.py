@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -76,7 +77,9 @@ def product() -> Tensor:
     return hopper.Case(3, 776, 5, distribution="rademacher", offset=(0, 0)).result()
 
 
+@functools.cache
 def launched() -> str:
+    """The kernel that ``product`` launches."""
     backend = cuda_gpu.built()
     backend.launched.clear()
     product()
