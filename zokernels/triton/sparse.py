@@ -211,7 +211,7 @@ def correct_kernel(
     tokens,
     fan_out,
     count,
-    in_place,  # out is plain
+    in_place,  # 1: out is plain
     out_g,
     plain_g,
     x_g,
@@ -244,7 +244,7 @@ def correct_kernel(
             acc = tl.fma(d, wide(v), acc)
     here = (o < fan_out) & (t < tokens)
     if not BIAS:
-        here = here & ((longest[:, None] > 0) | (in_place == 0))  # else nothing to add
+        here = here & (longest[:, None] >= in_place)  # else nothing to add
     y = wide(tl.load(plain + g * plain_g + t * fan_out + o, mask=here, other=0.0)) + acc
     if BIAS:
         y += wide(tl.load(bias + g * fan_out + o, mask=o < fan_out, other=0.0))
