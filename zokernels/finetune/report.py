@@ -81,6 +81,7 @@ def show(summary: Summary, console: Console) -> None:
     spread = "examples; last row: seeds" if several else "examples"
     table = Table(
         title=f"Held out: {before.examples} examples (± standard error over {spread})",
+        caption=None if accuracy else "ppl.: perplexity",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("", no_wrap=True)
