@@ -31,7 +31,8 @@ ZK_DEVICE void round_pair(const RowState& s, const Unit& u, float acc[2][4][V]) 
 // Two branches from one draw; more go by blockIdx.y, and a seed that neither of the two has is not
 // drawn. Branches with rows of their own go one by one.
 template <int V, Distribution kind>
-ZK_KERNEL void ZK_BOUNDS(kThreads, V == 4 ? 3 : 2) displace_kernel(const DisplaceArgs a) {
+ZK_KERNEL void ZK_BOUNDS(kThreads, V == 4 && kind == Distribution::rademacher ? 3 : 2)
+    displace_kernel(const DisplaceArgs a) {
   const int64_t index = dev::block_x() * kThreads + dev::thread();
   if (index >= a.out_rows * a.cut.groups * (64 / V)) return;
   Unit u = unit_at<V>(index, a.cut, a.place.col_offset);
