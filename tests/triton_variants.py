@@ -290,7 +290,7 @@ def variants() -> list[Variant]:
         Variant(
             "reduce",
             linear.reduce_kernel,
-            {"BLOCK": 1024, "BIAS": True},
+            {"BLOCK": 128, "BIAS": True},
             {"y": "*bf16", "partial": "*fp32"},
         ),
         Variant(

@@ -519,10 +519,10 @@ def _fused(
         if splits > 1:
             launch(
                 _linear.reduce_kernel,
-                (cdiv(y.numel(), 1024),),
+                (cdiv(y.numel(), 128),),
                 *(y, target, coeffs if bias is None else bias),
                 *(y.numel(), tokens, fan_out, splits),
-                BLOCK=1024,
+                BLOCK=128,  # one a thread: adjacent threads read adjacent elements
                 BIAS=bias is not None,
             )
 
