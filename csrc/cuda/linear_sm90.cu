@@ -26,23 +26,23 @@
 //   wait                    the fragment may be overwritten, the last half panel replaced
 //   draw(slice + 1, row 1)
 //
-// Ceiling, from the machine code for sm_90a with one seed, per weight: 48 instructions with
-// Gaussian noise (37 the normal, 2 the two fma, 9 unpacking, packing, addresses and loops), 24 with
-// Rademacher noise. A multiprocessor issues 128 a cycle, so a weight takes 0.38 (0.19) cycles. In
-// these, at 128 tokens:
+// Ceiling, from the machine code for sm_90a with one seed, per weight: 37 instructions with
+// Gaussian noise (25 the normal, 2 the two fma, 10 unpacking, packing, addresses and loops), 22
+// with Rademacher noise. A multiprocessor issues 128 a cycle, so a weight takes 0.29 (0.17) cycles.
+// In these, at 128 tokens:
 //   matrix unit    2 branches x 128 tokens / 4096 multiply-adds a cycle = 0.06 cycles
 //   shared memory  4 KiB a product of 1024 weights of one branch at 128 bytes a cycle = 0.06 cycles
 //   second cache   2 bytes of W and 2 x 2 x 128 / 128 of x: 6 bytes, 16 (32) a cycle; taken here to
 //                  give a multiprocessor 24 to 39 a cycle
 // Noise is what is waited for (with Rademacher noise, perhaps the second cache), and the rest hides
-// behind it: 1.2 (2.5) TB/s of weights on 132 multiprocessors at 1.8 GHz.
+// behind it: 1.6 (2.8) TB/s of weights on 132 multiprocessors at 1.8 GHz.
 //
-// Where it should pay, in cycles a weight: scratch tiles take 39 (11) instructions, 0.30 (0.09),
+// Where it should pay, in cycles a weight: scratch tiles take 27 (11) instructions, 0.21 (0.09),
 // hide a write of 4 bytes behind them or not (0.17 at 24 a cycle), and then the vendor's product
-// reads the 4 bytes again: 0.48 (0.34) at up to 128 tokens, against 0.38 (0.19) here. linear.cu
-// takes 0.48 for every 64 tokens. So: 65 to 128 tokens a branch. From 129 on the noise is drawn
-// twice, 0.76 (0.38) against about 0.5 (0.35). Sums of 256 tokens fit the registers only with 64
-// outputs a block; x is then 16 bytes a weight, 42 a cycle, more than the second cache gives: it
+// reads the 4 bytes again: 0.39 (0.34) at up to 128 tokens, against 0.29 (0.17) here. linear.cu
+// takes 0.29 (0.16) for every 64 tokens. So: 65 to 128 tokens a branch. From 129 on the noise is
+// drawn twice, 0.58 (0.34) against about 0.4 (0.35). Sums of 256 tokens fit the registers only with
+// 64 outputs a block; x is then 16 bytes a weight, 42 a cycle, more than the second cache gives: it
 // would take clusters that share x or exchange displaced weights. One block a multiprocessor (128
 // of 254 registers are sums) leaves two warps a scheduler to hide latencies; whether that suffices,
 // only a device can tell. All of this is arithmetic: the kernel has not run on a device, and is off
