@@ -285,10 +285,11 @@ def _show_result(result: Any, console: Console) -> None:
             )
     table.add_row("values that move", f"{result.moving:,} of {result.parameters:,}")
     table.add_row("bytes up, down", f"{decimal(result.bytes_up)}, {decimal(result.bytes_down)}")
-    table.add_row(
-        "a client's message",
-        f"{result.uplink:,.0f} bytes; the whole model {result.dense:,} ({result.saving:,.0f}x)",
-    )
+    if result.bytes_up:
+        table.add_row(
+            "a client's message",
+            f"{result.uplink:,.0f} bytes; the whole model {result.dense:,} ({result.saving:,.0f}x)",
+        )
     if result.flagged:
         table.add_row("clients flagged", ", ".join(map(str, result.flagged)))
     if result.rejections:

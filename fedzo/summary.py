@@ -65,7 +65,7 @@ def rendered(lines: Sequence[Line]) -> Table:
             line["name"],
             *(f"{line[s]:.4f} ± {line[f'{s}_std']:.4f}" for s in scores),
             decimal(int(line["bytes_up"])),
-            f"{line['saving']:,.0f}x",
+            f"{line['saving']:,.0f}x" if line["bytes_up"] else "",
             f"{line['moving']:,}",
             f"{line['seconds']:.1f}",
         )

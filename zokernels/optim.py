@@ -703,7 +703,9 @@ class MeZO(torch.optim.Optimizer):
         if batch is None:
             raise TypeError(
                 "step needs a closure that returns the loss, or a batch: opt.step(lambda: "
-                "model(**batch).loss), opt.step(batch) or opt.step(batch, loss_fn)"
+                "model(**batch).loss), opt.step(batch) or opt.step(batch, loss_fn). A trainer that "
+                "calls backward() and then step() cannot give it either: take a loop of your own, "
+                "or the command zokernels finetune"
             )
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")

@@ -59,6 +59,20 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
+def test_a_run_in_which_nobody_answers(place, tmp_path):
+    result = experiment.run(
+        build(RunConfig, fields(place, tmp_path / "out", rounds=1, dropout=0.99))
+    )
+    assert result.bytes_up == 0 and math.isinf(result.saving)
+    lines = [f"{k} = {json.dumps(v)}" for k, v in fields(place, "x").items() if k != "words"]
+    path = tmp_path / "run.toml"
+    path.write_text("\n".join(lines) + '\n[words]\n0 = " bad"\n1 = " good"\n')
+    again = tmp_path / "again"
+    shown = invoke("run", "--config", path, "--output", again, "--rounds", 1, "--dropout", 0.99)
+    assert shown.exit_code == 0, shown.output
+    assert "bytes up, down" in shown.output and "infx" not in shown.output
+
+
 def test_run_prints_accuracy_bytes_time_and_memory(place, tmp_path):
     path = tmp_path / "run.toml"
     lines = [f"{k} = {json.dumps(v)}" for k, v in fields(place, "x").items() if k != "words"]
