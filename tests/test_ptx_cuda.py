@@ -52,10 +52,8 @@ def product() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def kernels() -> Iterator[dict[str, cuda_gpu.Kernel]]:
     """Those of the backend; changes are undone."""
-    found = cuda_gpu.built().kernels
-    before = dict(found)
-    yield found
-    found.update(before)
+    with cuda_gpu.changeable() as found:
+        yield found
 
 
 def launched() -> str:

@@ -66,10 +66,8 @@ def test_the_conformance_suites_product(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def kernels() -> Iterator[dict[str, cuda_gpu.Kernel]]:
     """Those of the backend; changes are undone."""
-    found = cuda_gpu.built().kernels
-    before = dict(found)
-    yield found
-    found.update(before)
+    with cuda_gpu.changeable() as found:
+        yield found
 
 
 def product() -> Tensor:

@@ -24,6 +24,9 @@ from zokernels.optim import MeZO
 from zokernels.optim_state import OPTIONS
 from zokernels.pending import PendingTerm, PendingUpdate
 
+# Options that a graph holds; a replay takes its seed anew.
+_RECORDED = sorted({*OPTIONS, "fuse_update", "max_branches", "sequential"} - {"seed"})
+
 
 class GraphedStep:
     """Steps of an optimizer on batches of one shape, replayed from a CUDA graph.
@@ -154,8 +157,7 @@ class GraphedStep:
     def _recorded_options(self) -> dict[str, Any]:
         """What a replay would take from the capture, whatever it is now."""
         optimizer = self.optimizer
-        names = set(OPTIONS) | {"fuse_update", "max_branches", "sequential"}
-        found = {name: getattr(optimizer, name) for name in sorted(names - {"seed"})}
+        found = {name: getattr(optimizer, name) for name in _RECORDED}
         bound = optimizer._bound
         assert isinstance(bound, Binding)
         return found | {"model.training": bound.model.training}

@@ -6,6 +6,7 @@ driver is asked for, and to PTX. The binding and the Python adapter are those of
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -205,6 +207,17 @@ def built() -> Backend:
             )
             (folder / "partial.so").rename(library)
     return Backend(folder)
+
+
+@contextlib.contextmanager
+def changeable() -> Iterator[dict[str, Kernel]]:
+    """The kernels of both builds; changes are undone."""
+    found = built().kernels
+    before = dict(found)
+    try:
+        yield found
+    finally:
+        found.update(before)
 
 
 def native(multiprocessors: int = 4, wgmma_tokens: int = 0) -> Native:

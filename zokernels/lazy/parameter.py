@@ -139,13 +139,14 @@ class State:
         Where it would not save the update's pass, all that waits is made at once: the products of
         one evaluation are of a size.
         """
-        if self._pending is None or name in self.touched:
-            return None if self._pending is None else self._pending.get(name)
-        assert self.coeffs is not None
-        if self._pending.taken_by(x, w, self.coeffs, shared, self.distribution):
-            self._seen.add(name)
-        elif name in self._pending:
-            self._pending.make()
+        if self._pending is None:
+            return None
+        if name not in self.touched:
+            assert self.coeffs is not None
+            if self._pending.taken_by(x, w, self.coeffs, shared, self.distribution):
+                self._seen.add(name)
+            elif name in self._pending:
+                self._pending.make()
         return self._pending.get(name)
 
     def made(self, name: str) -> None:
