@@ -222,7 +222,7 @@ def variants() -> list[Variant]:
             constants = {
                 "ROWS": rows,
                 "GAUSSIAN": gaussian,
-                "STOCHASTIC": True,
+                "STOCHASTIC": kind != "fp32",
                 "DECAY": False,
                 "ENDS": True,
                 "DENSE": True,

@@ -262,6 +262,7 @@ def update_(
     # A copy has another address each time: its table is not worth keeping.
     with device_guard(params[0]):
         for group in grouped(matrices, param_ids, row_offsets, col_offsets, tile_rows=rows):
+            single = group.like.dtype == torch.float32
             launch(
                 _update.update_kernel,
                 (group.tiles,),
@@ -275,12 +276,13 @@ def update_(
                 seeds.numel(),
                 ROWS=rows,
                 GAUSSIAN=gaussian,
-                STOCHASTIC=rounding == "stochastic",
+                STOCHASTIC=rounding == "stochastic" and not single,
                 DECAY=decay is not None,
                 ENDS=ends is not None,
                 DENSE=group.dense,
-                # Normals of float32 in wider tiles want a register more than there is on sm_80.
-                warps=rows if gaussian and group.like.dtype == torch.float32 else 4,
+                # Twice the elements a thread would want more registers than there are, with normals
+                # of float32 and where every element has an address of its own.
+                warps=rows if gaussian and (single or not group.dense) else 4,
             )
     with torch.no_grad():
         for p, matrix in copies:

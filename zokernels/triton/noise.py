@@ -263,7 +263,7 @@ def last_rounded(x, words, odd, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
         if STOCHASTIC and dtype == tl.bfloat16:
             half = _upper_half(x[j], (words[j] >> (16 * odd)) & 0xFFFF) >> 16
             new = new + (half.to(tl.int16).to(tl.bfloat16, bitcast=True),)
-        elif STOCHASTIC and dtype == tl.float16:
+        elif STOCHASTIC:
             found = stochastic(x[j], (words[j] >> (16 * odd)) & 0xFFFF, dtype)
             new = new + (narrow(found, dtype),)
         else:

@@ -165,7 +165,7 @@ def update_kernel(
                 even = rounded(even, words, 0, dtype, STOCHASTIC)
                 odd = rounded(odd, words, 1, dtype, STOCHASTIC)
     words = ()
-    if STOCHASTIC and dtype != tl.float32:
+    if STOCHASTIC:
         k0, k1 = key_of(tl.load(seeds + terms - 1))
         words = rounding_words(row, col, pair, param, k0, k1, zeros, 1)
     new = last_rounded(even, words, 0, dtype, STOCHASTIC)
