@@ -23,7 +23,8 @@ from rich.console import Console
 import zokernels as zo
 from zokernels import cli
 from zokernels.finetune import data as data_
-from zokernels.finetune import folder, models, objective, presets, train
+from zokernels.finetune import folder, models, objective, presets, report, train
+from zokernels.finetune import ranks as ranks_
 from zokernels.finetune.config import Config, UserError, build
 from zokernels.finetune.models import device_of, load_model, load_tokenizer
 from zokernels.finetune.objective import Objective
@@ -35,11 +36,11 @@ COMMON: dict[str, Any] = {
     "data": "data.csv",  # in each rank's own folder
     "output": "out",
     "device": "cpu",
-    "steps": 12,
+    "steps": 8,
     "batch_size": 3,
     "max_length": 16,
     "lr": 1e-3,
-    "checkpoint_every": 5,
+    "checkpoint_every": 3,
     "compare_mezo": False,
 }
 CLASSIFY: dict[str, Any] = {
@@ -55,7 +56,6 @@ SERVER.set_forkserver_preload(
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",
         "transformers.models.llama.modeling_llama",
-        "matplotlib.pyplot",
         "test_finetune_ranks",
     ]
 )
@@ -75,6 +75,12 @@ class Ended:
     err: str
 
 
+def _beside_mezo(rank: int) -> list[Any]:
+    assert rank == 0 and not dist.is_initialized()
+    print("measured alone")
+    return []
+
+
 def _rank(
     rank: int, port: int, root: str, arguments: list[str], sabotage: Callable[[int], None] | None
 ) -> None:
@@ -92,6 +98,10 @@ def _rank(
     for name, number in (("out", 1), ("err", 2)):
         with open(f"{root}/{rank}.{name}", "wb") as file:
             os.dup2(file.fileno(), number)
+    ranks_._GRACE = 0.1
+    # These two cost more than all the rest, and are the first rank's alone.
+    report.picture = lambda _, path: path.touch()
+    train._compare = lambda _: _beside_mezo(rank)
     if sabotage is not None:
         sabotage(rank)
     sys.argv = ["zokernels", *arguments]
@@ -166,42 +176,25 @@ def assert_same_runs(root: Path, whole: train.Summary) -> None:
             for place in ("0/out", "alone")
         ]
         assert journals[0] == journals[1]
-        assert len(journals[0]) == len(a["curve"]) - a["skipped"] or a["skipped"]
+        assert len(journals[0]) == len(a["curve"])
     assert not (root / "1/out").exists()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {**CLASSIFY, "eval_batch_size": 2, "eval_every": 4, "num_directions": 2},
-        {
-            "dtype": "bfloat16",
-            "trainable": "lora",
-            "lora_targets": ["v_proj"],
-            "repeats": 2,
-            "momentum": 0.9,
-            "weight_decay": 0.1,
-            "eval_batch_size": 3,
-        },
-    ],
-    ids=["classify", "text bf16 lora two seeds"],
-)
-def test_two_ranks_are_one_process_with_micro_batches(
-    changes: dict[str, Any], model_dir: Path, tmp_path: Path
-) -> None:
-    options = {**COMMON, "model": str(model_dir), **changes}
+def test_two_ranks_are_one_process_with_micro_batches(model_dir: Path, tmp_path: Path) -> None:
+    options = {**COMMON, **CLASSIFY, "model": str(model_dir), "num_directions": 2}
+    options |= {"eval_batch_size": 2, "eval_every": 4, "compare_mezo": True}
     ended = run_on_ranks(tmp_path, options)
     assert [e.code for e in ended] == [0, 0], ended
     assert "batch 6 (2 ranks x 3)" in ended[0].out and "memory of rank 0" in ended[0].out
+    assert "measured alone" in ended[0].out and "in MeZO's loop" in ended[0].out
     assert (ended[1].out, ended[1].err) == ("", "")
-    whole = alone(tmp_path, options)
+    whole = alone(tmp_path, options | {"compare_mezo": False})
     assert_same_runs(tmp_path, whole)
-    assert len({run.weights_sha256 for run in whole.runs}) == changes.get("repeats", 1)
     found = summary(tmp_path)
     assert (found["ranks"], found["effective_batch_size"]) == (2, 6)
     lines = (tmp_path / "0/out/seed-0" / folder.METRICS).read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(12))
+    assert [line["step"] for line in steps] == list(range(8))
     assert {(line["ranks"], line["examples"]) for line in steps} == {(2, 6)}
     assert (tmp_path / "0/out" / folder.PICTURE).is_file()
 
@@ -240,25 +233,25 @@ def test_two_ranks_are_a_loop_over_their_batches(model_dir: Path, tmp_path: Path
 # --- trouble --------------------------------------------------------------------------------------
 
 
-def _at_step(step: int, act: Callable[[], object]) -> None:
+def _at_step(step: int, act: Callable[[], object], of_seed: int = 0) -> None:
     order = data_.order
 
     def acts(count: int, batch_size: int, seed: int, at: int) -> list[int]:
-        if at == step:
+        if (seed, at) == (of_seed, step):
             act()
         return order(count, batch_size, seed, at)
 
     data_.order = acts
 
 
-def _killed_first(rank: int) -> None:
+def _first_killed(rank: int) -> None:
     if rank == 0:
-        _at_step(8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        _at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def _killed_second(rank: int) -> None:
+def _second_killed_in_second_seed(rank: int) -> None:
     if rank == 1:
-        _at_step(8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        _at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL), of_seed=1)
 
 
 def _interrupted(rank: int) -> None:
@@ -267,47 +260,62 @@ def _interrupted(rank: int) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    _at_step(8, twice)
+    _at_step(5, twice)
+
+
+LORA: dict[str, Any] = {"trainable": "lora", "lora_targets": ["v_proj"], "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "codes", "message"),
+    ("sabotage", "changes", "codes", "message"),
     [
-        (_killed_first, [-signal.SIGKILL, 2], "rank 1 of 2 lost another rank"),
-        (_killed_second, [2, -signal.SIGKILL], "rank 0 of 2 lost another rank"),
-        (_interrupted, [1, 130], "interrupted; the same command with --resume"),
+        (
+            _first_killed,
+            {**CLASSIFY, "eval_every": 2},
+            [-signal.SIGKILL, 2],
+            "rank 1 of 2 lost another rank",
+        ),
+        (
+            _second_killed_in_second_seed,
+            {**LORA, "repeats": 2, "weight_decay": 0.1, "eval_batch_size": 3},
+            [2, -signal.SIGKILL],
+            "rank 0 of 2 lost another rank",
+        ),
+        (
+            _interrupted,
+            {"momentum": 0.9, "save_weights": True},
+            [1, 130],
+            "interrupted; the same command with --resume",
+        ),
     ],
-    ids=["first killed", "second killed", "interrupted"],
+    ids=["first killed", "second killed, second seed", "interrupted"],
 )
 def test_a_broken_run_resumes_bit_for_bit(
     sabotage: Callable[[int], None],
+    changes: dict[str, Any],
     codes: list[int],
     message: str,
     model_dir: Path,
     tmp_path: Path,
 ) -> None:
-    options = {**COMMON, **CLASSIFY, "model": str(model_dir), "eval_every": 3}
+    options = {**COMMON, **changes, "model": str(model_dir)}
     ended = run_on_ranks(tmp_path, options, sabotage)
     assert sorted(e.code or 0 for e in ended) == sorted(codes), ended
     said = "".join(e.err for e in ended)
     assert said.count("error: ") == 1 and f"error: {message}" in said, said
     assert "Traceback" not in said
-    place = tmp_path / "0/out/seed-0"
+    place = tmp_path / "0/out" / f"seed-{changes.get('repeats', 1) - 1}"
     done = json.loads((place / folder.CHECKPOINT).read_text())["optimizer"]["mezo"]["step"]
-    assert 5 <= done <= 8 and not (place / folder.RESULT).exists()
-
+    assert 3 <= done <= 5 and not (place / folder.RESULT).exists()
+    config = build(
+        folder.resumed_options(str(tmp_path / "0/out")),
+        {"ranks": 1, "resume": True, "output": str(tmp_path / "0/out")},
+    )
+    with pytest.raises(UserError, match="--resume: the number of ranks was 2 and is 1 now"):
+        folder.Folder(Path(config.output), Ranks()).open(config)
     ended = command(tmp_path, ["finetune", "--resume", "--output", "out"])
     assert [e.code for e in ended] == [0, 0], ended
     assert_same_runs(tmp_path, alone(tmp_path, options))
-    # One process cannot go on with it; two find that it is done.
-    options = folder.resumed_options(str(tmp_path / "0/out"))
-    config = build(options, {"ranks": 1, "resume": True, "output": str(tmp_path / "0/out")})
-    with pytest.raises(UserError, match="--resume: the number of ranks was 2 and is 1 now"):
-        folder.Folder(Path(config.output), Ranks()).open(config)
-    scores = [line for line in ended[0].out.splitlines() if ": held-out loss" in line]
-    again = command(tmp_path, ["finetune", "--resume", "--output", "out"])
-    assert [e.code for e in again] == [0, 0]
-    assert scores and all(line in again[0].out for line in scores)
 
 
 def _raises(rank: int) -> None:
