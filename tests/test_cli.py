@@ -123,12 +123,13 @@ def test_config_file_and_command_line(model_dir: Path, labelled: Path, tmp_path:
     file.write_text(f'model = "{model_dir}"\ndata = "{labelled}"\nsteps = 50\nlr = 1e-4\n')
     result = call(
         *["finetune", "--config", file, "--steps", 2, "--max-length", 8, "--no-compare-mezo"],
-        *["--output", tmp_path / "out"],
+        *["--output", tmp_path / "out", "--batch-size", 3, "--accumulate", 2],
     )
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["steps"], config["lr"], config["task"]) == (2, 1e-4, "auto")
     assert "perplexity" in result.output and "accuracy" not in result.output
+    assert "batch 6 (2 micro-batches x 3)" in result.output
 
 
 @pytest.mark.parametrize(

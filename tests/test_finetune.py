@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from zokernels.finetune import assets, peer, presets, report, train
+from zokernels.finetune import assets, memory, peer, presets, report, train
 from zokernels.finetune import data as data_
 from zokernels.finetune import folder as folder_
 from zokernels.finetune.config import Config, UserError, build, lr_factor, read_file
@@ -586,6 +586,25 @@ def test_folders_are_not_mixed_up(model_dir: Path, labelled: Path, tmp_path: Pat
         folder_.resumed_options(str(tmp_path / "nothing"))
 
 
+def test_a_run_that_could_not_begin_is_none(
+    model_dir: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """What was wrong is put right, and the same command goes through."""
+    out = tmp_path / "out"
+    for wrong, message in (
+        ({"device": "toaster"}, "--device must be"),
+        ({"trainable": "nothing"}, "--trainable must be"),
+        ({"trainable": "lora", "lora_targets": ["none"]}, "--trainable lora"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.finetune(configuration(model_dir, labelled, out, steps=1, **wrong), SILENT)
+    right = configuration(model_dir, labelled, out, steps=1)
+    train.finetune(right, SILENT)
+    # Nor does a resumed run leave a configuration that could not begin one.
+    train.finetune(build(right.to_dict(), {"resume": True}), SILENT)
+    assert build(read_file(str(out / folder_.CONFIG))) == right
+
+
 def test_changed_data_is_noticed(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
     config = configuration(model_dir, labelled, tmp_path / "out", **CLASSIFY, steps=3)
     train.finetune(config, SILENT)
@@ -666,6 +685,26 @@ def test_peak_sees_what_is_freed_again() -> None:
     with Peak(CPU) as peak:
         torch.ones(1 << 24).sum()
     assert peak.above > 3 << 24
+
+
+def test_peak_where_the_mark_cannot_be_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path)  # a folder cannot be written
+    with Peak(CPU) as peak:
+        pass
+    assert peak.peak >= peak.before > 0
+
+
+def test_a_digest_of_weights_of_any_shape() -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    model.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+    digest = train.weights_sha256(model)
+    model.turned = nn.Parameter(model.turned.detach().contiguous())
+    assert train.weights_sha256(model) == digest
+    model.scale = nn.Parameter(torch.tensor(2.5))
+    assert train.weights_sha256(model) != digest
 
 
 # --- assets ---------------------------------------------------------------------------------------

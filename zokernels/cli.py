@@ -392,7 +392,7 @@ def _configuration(
             output = presets.last_folder()
         if not output:
             raise UserError("--resume needs the --output folder of the run")
-        base = folder.resumed_options(output)
+        base = folder.resumed_options(str(output))
     elif demo:
         # Mistakes on the command line show before anything is downloaded.
         build({**presets.DEMO, "model": "demo", "data": "demo"}, from_file, given)

@@ -49,7 +49,8 @@ class Config:
         lora_rank, lora_alpha, lora_targets: of ``trainable="lora"``; no targets: peft's default.
         steps, lr, eps, batch_size, weight_decay, momentum, distribution, num_directions, clip,
             rounding: of :class:`zokernels.MeZO`.
-        accumulate: batches of ``batch_size`` that each rank takes for a step.
+        accumulate: batches of ``batch_size`` that each rank takes for a step; the mean losses of
+            all batches of all ranks count alike.
         ranks: processes that run it; the command line takes their number from the environment.
         max_length: tokens per example.
         schedule, warmup: learning rate over the steps; ``warmup`` steps rise linearly.

@@ -163,7 +163,7 @@ class Ranks:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise UserError(
                 f"rank {self.rank} of {self.count} lost another rank, which was killed or cannot "
-                f"be reached: {_one_line(error)}"
+                f"be reached (--resume goes on from the last checkpoint): {_one_line(error)}"
             ) from error
         if not isinstance(error, UserError | KeyboardInterrupt):
             error.add_note(f"on rank {self.rank} of {self.count}")

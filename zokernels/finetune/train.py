@@ -204,7 +204,8 @@ def finetune(config: Config, console: Console, ranks: Ranks = ALONE) -> Summary:
     runs: list[Run] = []
     with _progress(console) as progress, _warnings_to(console):
         model = models.load_model(config, config.seed, device)
-        folder.write(CONFIG, config.to_dict())  # only now: a run that cannot begin leaves none
+        # Only now: a run that cannot begin leaves none. Read again, it is a run and no resumption.
+        folder.write(CONFIG, {**config.to_dict(), "resume": False})
         if config.trainable == "lora":
             folder.adapter(model)
         moving = [p for p in model.parameters() if p.requires_grad]
@@ -503,7 +504,7 @@ def weights_sha256(model: nn.Module) -> str:
     for name, p in sorted(model.named_parameters()):
         if p.requires_grad:
             digest.update(name.encode())
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
