@@ -428,13 +428,14 @@ def test_uses_of_a_parameter(use):
 ONE_BY_ONE = {"inplace_result", "out_of_place_setitem"}
 
 
-def test_what_checkpointed_models_do_to_activations_is_no_obstacle() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointed_models_do_to_activations_is_no_obstacle(reentrant: bool) -> None:
     """transformers' hooks on embeddings ask for gradients so that checkpointed layers have some."""
 
     class Checkpointed(Net):
         def forward(self, x: Tensor) -> Tensor:
             h = self.first(x).requires_grad_()
-            h = torch.utils.checkpoint.checkpoint(self.norm, h, use_reentrant=False)
+            h = torch.utils.checkpoint.checkpoint(self.norm, h, use_reentrant=reentrant)
             return self.second(F.gelu(h)) * self.scale
 
     plain, held = net(), Checkpointed().eval()
