@@ -56,6 +56,7 @@ SERVER.set_forkserver_preload(
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",
         "transformers.models.llama.modeling_llama",
+        "peft",
         "test_finetune_ranks",
     ]
 )
@@ -180,36 +181,60 @@ def assert_same_runs(root: Path, whole: train.Summary) -> None:
     assert not (root / "1/out").exists()
 
 
-def test_two_ranks_are_one_process_with_micro_batches(model_dir: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def done(
+    model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], list[Ended]]:
+    """A run on two ranks: its folders, its options, and what was printed."""
+    root = tmp_path_factory.mktemp("done")
     options = {**COMMON, **CLASSIFY, "model": str(model_dir), "num_directions": 2}
-    options |= {"eval_batch_size": 2, "eval_every": 4, "eval_fraction": 0.4, "compare_mezo": True}
-    ended = run_on_ranks(tmp_path, options)
+    options |= {"eval_batch_size": 2, "eval_every": 4, "eval_fraction": 0.4}
+    options |= {"compare_mezo": True, "save_weights": True}
+    ended = run_on_ranks(root, options)
     assert [e.code for e in ended] == [0, 0], ended
-    assert "batch 6 (2 ranks x 3)" in ended[0].out and "memory of rank 0" in ended[0].out
-    assert "measured alone" in ended[0].out and "in MeZO's loop" in ended[0].out
-    assert (ended[1].out, ended[1].err) == ("", "")
-    whole = alone(tmp_path, options | {"compare_mezo": False})
-    assert_same_runs(tmp_path, whole)
-    found = summary(tmp_path)
+    return root, options, ended
+
+
+def test_two_ranks_are_one_process_with_micro_batches(
+    done: tuple[Path, dict[str, Any], list[Ended]],
+) -> None:
+    root, options, _ = done
+    assert_same_runs(root, alone(root, options | {"compare_mezo": False}))
+
+
+def test_the_first_rank_alone_writes_and_prints(
+    done: tuple[Path, dict[str, Any], list[Ended]],
+) -> None:
+    root, _, (first, second) = done
+    assert "batch 6 (2 ranks x 3)" in first.out and "memory of rank 0" in first.out
+    assert "measured alone" in first.out and "in MeZO's loop" in first.out
+    assert (second.out, second.err) == ("", "")
+    assert [p.name for p in (root / "1").iterdir()] == ["data.csv"]
+    assert sorted(p.name for p in (root / "0/out").iterdir()) == sorted(
+        [folder.BEFORE, folder.CONFIG, folder.PICTURE, folder.SUMMARY, "seed-0"]
+    )
+    assert sorted(p.name for p in (root / "0/out/seed-0").iterdir()) == sorted(
+        [folder.CHECKPOINT, folder.JOURNAL, folder.METRICS, folder.RESULT, folder.WEIGHTS]
+    )
+    found = summary(root)
     assert (found["ranks"], found["effective_batch_size"]) == (2, 6)
-    lines = (tmp_path / "0/out/seed-0" / folder.METRICS).read_text().splitlines()
+    lines = (root / "0/out/seed-0" / folder.METRICS).read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(8))
     assert {(line["ranks"], line["examples"]) for line in steps} == {(2, 6)}
-    assert (tmp_path / "0/out" / folder.PICTURE).is_file()
 
 
-def test_two_ranks_are_a_loop_over_their_batches(model_dir: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_a_loop_over_their_batches(
+    done: tuple[Path, dict[str, Any], list[Ended]],
+) -> None:
     """Against the library alone; and the journal on the base model is the result."""
-    options = {**COMMON, **CLASSIFY, "model": str(model_dir), "save_weights": True}
-    ended = run_on_ranks(tmp_path, options)
-    assert [e.code for e in ended] == [0, 0], ended
-    config = build(options, {"data": str(tmp_path / "0/data.csv")})
+    root, options, _ = done
+    config = build(options, {"data": str(root / "0/data.csv")})
     prepared = data_.prepare(config, load_tokenizer(config.model))
     model = load_model(config, 0)
     loss_fn = Objective(model, "candidates")
     loss_fn.settle(model, data_.collate(prepared, prepared.train[:2], CPU))
-    opt = zo.MeZO(model, lr=1e-3, eps=config.eps, seed=0)
+    opt = zo.MeZO(model, lr=1e-3, eps=config.eps, num_directions=2, seed=0)
     size, losses = config.batch_size, []
     for step in range(config.steps):
         order = data_.order(len(prepared.train), 2 * size, 0, step)
@@ -218,16 +243,12 @@ def test_two_ranks_are_a_loop_over_their_batches(model_dir: Path, tmp_path: Path
             for share in (order[:size], order[size:])
         ]
         losses.append(float(opt.step(batches, loss_fn)))
-    run = summary(tmp_path)["runs"][0]
+    run = summary(root)["runs"][0]
     assert run["curve"] == losses
     assert run["weights_sha256"] == train.weights_sha256(model)
     base = load_model(config, 0)
-    Trajectory.load(tmp_path / "0/out/seed-0" / folder.JOURNAL).replay_(base)
+    Trajectory.load(root / "0/out/seed-0" / folder.JOURNAL).replay_(base)
     assert train.weights_sha256(base) == run["weights_sha256"]
-    assert sorted(p.name for p in (tmp_path / "0/out/seed-0").iterdir()) == sorted(
-        [folder.CHECKPOINT, folder.JOURNAL, folder.METRICS, folder.RESULT, folder.WEIGHTS]
-    )
-    assert [p.name for p in (tmp_path / "1").iterdir()] == ["data.csv"]
 
 
 # --- trouble --------------------------------------------------------------------------------------
