@@ -345,8 +345,7 @@ def finetune(
 ) -> None:
     """Fine-tune a causal language model with forward passes only (MeZO).
 
-    Data parallel under torchrun: torchrun --nproc-per-node 2 -m zokernels finetune ... takes
-    --batch-size examples a step on each rank, and only losses travel between them.
+    Data parallel: torchrun --nproc-per-node 2 -m zokernels finetune ...
     """
     given = {
         name: value
@@ -358,6 +357,8 @@ def finetune(
         given["lora_targets"] = lora_target
     if prompt is not None:
         given["prompt"] = prompt.replace("\\n", "\n")
+    import torch
+
     from zokernels.finetune.ranks import OtherRankError, Ranks
 
     try:
@@ -376,6 +377,12 @@ def finetune(
         _fail(str(error))
     except OtherRankError:
         raise typer.Exit(1) from None
+    except torch.OutOfMemoryError as error:
+        _fail(
+            "out of memory: give a smaller --batch-size (--accumulate makes up for it), "
+            f"--max-length or --num-directions: {error}",
+            1,
+        )
     except KeyboardInterrupt:
         _fail("interrupted; the same command with --resume goes on from the last step", 130)
 
