@@ -63,6 +63,21 @@ class InPlace(Function):
         raise AssertionError("nothing asks for a gradient")
 
 
+class ByAddress(Function):
+    """As a kernel is called: the memory is read, which a batch of a vmap has not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: dict[str, Any]) -> tuple[Tensor, int, Tensor]:
+        address = x.contiguous().data_ptr()
+        assert address
+        out = torch.from_numpy(x.numpy() * factor["by"].numpy())
+        return out, 3, x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("nothing asks for a gradient")
+
+
 class Ruled(Function):
     """A rule of its own, which counts its uses."""
 
@@ -94,10 +109,16 @@ class Net(nn.Module):
         return self.use(self, self.first(x)).square().sum()
 
 
+def by_address(h: Tensor, factor: Tensor) -> Tensor:
+    out, three, total = ByAddress.apply(h, {"by": factor})
+    return out * three + total
+
+
 USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "context first": lambda net, h: Quantised.apply(h, net.fixed, 0.5),
     "moving weight": lambda net, h: Quantised.apply(h, net.first.weight, 0.5),
     "separate context": lambda net, h: sum(Separate.apply(h, net.fixed)),
+    "by address": lambda net, h: by_address(h, net.fixed[0]),
     "in place": lambda net, h: InPlace.apply(h * 1) + h,
     "own rule": lambda net, h: Ruled.apply(h),
 }
@@ -116,6 +137,13 @@ def test_they_stack(use: str) -> None:
     torch.testing.assert_close(got, zo.branches(net, [1], PAIR, sequential=True)(lambda: net(X)))
     assert got[0] != got[1]
     assert Ruled.used == (2 if use == "own rule" else 0)
+
+
+def test_a_moving_weight_read_by_address_runs_one_branch_after_another() -> None:
+    net = Net(lambda net, h: h + ByAddress.apply(net.first.weight, {"by": net.fixed})[2])
+    with pytest.warns(zo.StackingWarning, match="one after another"):
+        got = zo.branches(net, [1], PAIR)(lambda: net(X))
+    torch.testing.assert_close(got, zo.branches(net, [1], PAIR, sequential=True)(lambda: net(X)))
 
 
 def test_gradients_asked_for_inside_are_torchs_business() -> None:

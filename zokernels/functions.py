@@ -2,20 +2,25 @@
 
 torch's vmap refuses those that have no rule for it: checkpointed layers, products with quantised
 weights and losses in chunks are such. Where no gradient can be asked for, ``forward`` is all they
-do, and its operations have rules of their own. (One that reads memory by address still fails, and
-the branches then run one after another.)
+do, and its operations have rules of their own. One that has an operation without a rule, or reads
+memory by address (a Triton kernel), is called once a branch, with plain tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd.function import Function, FunctionCtx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zokernels.lazy import LazyParameter
 
 _lock = threading.Lock()
 _users = 0
@@ -40,9 +45,43 @@ def _forward_alone(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         or not _only_vmap()
     ):
         return _apply.__func__(cls, *args, **kwargs)
-    if own_context:
-        return cls.forward(*args, **kwargs)
-    return cls.forward(_Context(len(args)), *args, **kwargs)
+
+    def forward(*given: Any, **named: Any) -> Any:
+        context = () if own_context else (_Context(len(given)),)
+        return cls.forward(*context, *given, **named)
+
+    try:
+        return forward(*args, **kwargs)
+    except RuntimeError:
+        leaves, _ = tree_flatten((args, kwargs))
+        if any(isinstance(leaf, LazyParameter) for leaf in leaves):
+            raise  # it is displaced for all branches at once
+        return _one_by_one(forward, args, kwargs)
+
+
+def _one_by_one(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The outputs of every branch, stacked; what is no tensor is the last one's."""
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    level, count = interpreter.level(), interpreter.batch_size()
+    leaves, spec = tree_flatten((args, kwargs))
+    held = [
+        functorch._unwrap_batched(leaf, level) if isinstance(leaf, Tensor) else (leaf, None)
+        for leaf in leaves
+    ]
+    found = []
+    with interpreter.lower():
+        for branch in range(count):
+            own = [x if dim is None else x.select(dim, branch) for x, dim in held]
+            given, named = tree_unflatten(own, spec)
+            found.append(tree_flatten(forward(*given, **named)))
+        outputs = [
+            torch.stack(same) if isinstance(same[0], Tensor) else same[-1]
+            for same in zip(*(flat for flat, _ in found), strict=True)
+        ]
+    batched = [
+        functorch._add_batch_dim(x, 0, level) if isinstance(x, Tensor) else x for x in outputs
+    ]
+    return tree_unflatten(batched, found[0][1])
 
 
 def _only_vmap() -> bool:
