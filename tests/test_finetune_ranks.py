@@ -306,7 +306,7 @@ LORA: dict[str, Any] = {"trainable": "lora", "lora_targets": ["v_proj"], "dtype"
             _interrupted,
             {"momentum": 0.9, "save_weights": True},
             [1, 130],
-            "interrupted; the same command with --resume",
+            "interrupted; if steps were made, the same command with --resume",
         ),
     ],
     ids=["first killed", "second killed, second seed", "interrupted"],

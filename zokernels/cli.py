@@ -384,7 +384,7 @@ def finetune(
             1,
         )
     except KeyboardInterrupt:
-        _fail("interrupted; the same command with --resume goes on from the last step", 130)
+        _fail("interrupted; if steps were made, the same command with --resume goes on", 130)
 
 
 def _configuration(
