@@ -1,0 +1,261 @@
+"""A client's side of a round: what it makes of the server's messages, and what it sends back.
+
+The same code runs in process, where one copy of the model serves every client, and in a client
+that is a process of its own with a :class:`Replica`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fedzo.messages import Dense, EncodingError, Merged, Order, Report
+from fedzo.methods.base import Method, Site
+from fedzo.sampling import Examples
+from fedzo.task import Task
+from zokernels.subset import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a client's round came to.
+
+    Attributes:
+        data: the encoded message for the server.
+        position: number of the client's next batch.
+        loss: mean of what :class:`~fedzo.methods.base.Site` calls the losses.
+    """
+
+    data: bytes
+    position: int
+    loss: float
+
+
+def work(
+    method: Method,
+    task: Task,
+    shard: Sequence[int],
+    order: Order,
+    *,
+    batch_size: int,
+    position: int = 0,
+) -> Work:
+    """A client's round, from the weights the method's space holds; they come back bit for bit.
+
+    Args:
+        method: prepared.
+        task: what is learned.
+        shard: the client's examples.
+        order: what the server asks.
+        batch_size: examples a local step.
+        position: number of the client's next batch.
+    """
+    examples = Examples(shard, batch_size, seed=method.root, client=order.client, position=position)
+    site = Site(method.space, task, examples)
+    head = {"round": order.round, "client": order.client, "fingerprint": order.fingerprint}
+    message: Report | Dense
+    try:
+        scalars = method.client(site, order)
+        if method.payload == "tensors":
+            site.settle()
+            message = Dense(**head, data=method.space.to_bytes())
+        else:
+            message = Report(**head, scalars=tuple(scalars))
+    finally:
+        method.space.restore_()
+    return Work(message.encode(), examples.position, site.loss)
+
+
+def apply_merged_(method: Method, message: bytes, base: tuple[Snapshot, ...] | None = None) -> None:
+    """What a client does with an update of the server: the same as the server, bit for bit.
+
+    Args:
+        method: prepared on the client's model.
+        message: an encoded :class:`~fedzo.messages.Merged`.
+        base: the first weights of the run, for methods that start from them.
+
+    Raises:
+        EncodingError: not an update. Nothing is changed.
+        ValueError: an update for other parameters. Nothing is changed.
+    """
+    merged = Merged.decode(message)
+    check_fingerprint(method, merged.fingerprint)
+    update = method.update(merged.round, merged.blocks)
+    if base is not None:
+        load_first_(method, base)
+    method.space.apply_(update)
+
+
+def apply_dense_(method: Method, message: bytes) -> None:
+    """Take over the server's weights, for the methods that send weights.
+
+    Raises:
+        EncodingError: not a dense message. Nothing is changed.
+        ValueError: of other parameters or of another size. Nothing is changed.
+    """
+    dense = Dense.decode(message)
+    check_fingerprint(method, dense.fingerprint)
+    method.space.load_(method.space.from_bytes(dense.data))
+
+
+def load_first_(method: Method, first: tuple[Snapshot, ...]) -> None:
+    """Set the values that move to those of a snapshot."""
+    method.space.load_({n: v for snapshot in first for n, v in snapshot.values.items()})
+
+
+def check_fingerprint(method: Method, fingerprint: int) -> None:
+    """Raise ValueError for a message about other parameters."""
+    if fingerprint != method.fingerprint:
+        raise ValueError(
+            f"the message is about parameters {fingerprint:016x}; these are "
+            f"{method.fingerprint:016x}"
+        )
+
+
+def describe(method: Method, model: nn.Module, batch_size: int) -> dict[str, Any]:
+    """What server and clients must have in common: the method, what moves, the first weights."""
+    options = {k: v for k, v in method.options().items() if k != "mask"}
+    sample = 0
+    for _, p in sorted(model.named_parameters()):
+        if p.is_floating_point():
+            head = p.detach().reshape(-1)[:4096].float().cpu().contiguous()
+            sample = zlib.crc32(head.numpy().data, sample)
+    return {
+        "method": method.name,
+        **{f"method.{k}": v for k, v in options.items()},
+        "fingerprint": f"{method.fingerprint:016x}",
+        "first weights": sample,
+        "seed": method.root,
+        "batch_size": batch_size,
+    }
+
+
+class BehindError(Exception):
+    """A client lacks updates that the server takes it to have; ``args[0]`` is its round."""
+
+
+@dataclass
+class Memory:
+    """What a client keeps between rounds: its displacement from the first weights, as updates.
+
+    Attributes:
+        round: last round whose update is in.
+        updates: the encoded updates of rounds 1 to ``round``; the last one where it replaces those
+            before; empty for methods that send weights.
+    """
+
+    round: int = 0
+    updates: list[bytes] = field(default_factory=list)
+
+
+class Replica:
+    """A client's own copy of the server's weights, rebuilt from the server's updates alone.
+
+    One replica serves any number of clients of one process, since a client's weights follow from
+    its memory: it goes on from where it is when the memory begins with the updates it has made, and
+    from the first weights otherwise.
+
+    Args:
+        method: prepared on the client's model, which holds the first weights of the run.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self._first = method.space.snapshot()
+        # Digests of the updates the weights have: the k-th is of the first k. None: not known.
+        self._made: list[bytes] | None = []
+
+    def learn(
+        self, memory: Memory, order: Order, known: int, updates: Sequence[bytes]
+    ) -> tuple[Memory, bytes | None]:
+        """A memory with what came with an order. Nothing is changed.
+
+        Args:
+            memory: what the client has.
+            order: brings the client to the round before its own.
+            known: the round the updates start after.
+            updates: encoded, in order; those the memory has already are left out.
+
+        Returns:
+            The memory, and the encoded weights of a dense method (None: the first ones).
+
+        Raises:
+            BehindError: the memory ends before ``known``.
+            EncodingError: an update is damaged.
+            ValueError: an order or an update of another run, a round is missing.
+        """
+        check_fingerprint(self.method, order.fingerprint)
+        if order.root != self.method.root:
+            raise ValueError(f"the order's seed is {order.root}; this run's is {self.method.root}")
+        now = max(0, order.round - 1)
+        if self.method.payload == "tensors":
+            if len(updates) > 1 or (now and not updates):
+                raise ValueError(
+                    f"round {order.round} starts from one message of weights; got {len(updates)}"
+                )
+            return Memory(now), updates[0] if updates else None
+        if memory.round < known and not (self.method.from_base and updates):
+            raise BehindError(memory.round)
+        if memory.round > now:
+            raise ValueError(f"round {order.round} is over: updates to {memory.round} are known")
+        merged = [(Merged.decode(update).round, update) for update in updates]
+        new = [(number, update) for number, update in merged if number > memory.round]
+        if self.method.from_base:
+            if any(number > now for number, _ in new):
+                raise ValueError(f"an update of the future of round {order.round}")
+            kept = [update for _, update in new[-1:]] or memory.updates
+            return Memory(now, kept), None
+        if [number for number, _ in new] != list(range(memory.round + 1, now + 1)):
+            raise ValueError(
+                f"updates of rounds {memory.round + 1} to {now} are needed; got "
+                f"{[number for number, _ in new]}"
+            )
+        return Memory(now, [*memory.updates, *(update for _, update in new)]), None
+
+    def follow_(self, memory: Memory, weights: bytes | None = None) -> None:
+        """Make the weights those of a memory, or those sent by a dense method.
+
+        Raises:
+            EncodingError, ValueError: see :func:`apply_merged_` and :func:`apply_dense_`.
+        """
+        if self.method.payload == "tensors":
+            if weights is not None:
+                apply_dense_(self.method, weights)
+            else:
+                load_first_(self.method, self._first)
+            return
+        chain, made = _chain(memory.updates), self._made
+        if made is None or made != chain[: len(made)]:
+            load_first_(self.method, self._first)
+            made = []
+        self._made = None
+        base = self._first if self.method.from_base else None
+        for update in memory.updates[len(made) :]:
+            apply_merged_(self.method, update, base)
+        self._made = chain
+
+
+def _chain(updates: Sequence[bytes]) -> list[bytes]:
+    digest, chain = b"", []
+    for update in updates:
+        digest = hashlib.sha256(digest + update).digest()
+        chain.append(digest)
+    return chain
+
+
+__all__ = [
+    "BehindError",
+    "EncodingError",
+    "Memory",
+    "Replica",
+    "Work",
+    "apply_dense_",
+    "apply_merged_",
+    "describe",
+    "work",
+]
