@@ -14,10 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from fedzo.messages import Dense, EncodingError, Merged, Order, Report
-from fedzo.methods.base import Method, Site
+from fedzo.messages import Dense, Merged, Order, Report
+from fedzo.methods.base import Method, Setting, Site
 from fedzo.sampling import Examples
-from fedzo.task import Task
+from fedzo.task import Batch, Task
+from fedzo.transports import Reply, Request
+from zokernels.binding import unwrap
 from zokernels.subset import Snapshot
 
 
@@ -136,7 +138,15 @@ def describe(method: Method, model: nn.Module, batch_size: int) -> dict[str, Any
 
 
 class BehindError(Exception):
-    """A client lacks updates that the server takes it to have; ``args[0]`` is its round."""
+    """A client lacks updates that the server takes it to have.
+
+    Attributes:
+        round: the last one it has.
+    """
+
+    def __init__(self, round: int) -> None:
+        super().__init__(f"the updates after round {round} are missing")
+        self.round = round
 
 
 @dataclass
@@ -248,14 +258,78 @@ def _chain(updates: Sequence[bytes]) -> list[bytes]:
     return chain
 
 
-__all__ = [
-    "BehindError",
-    "EncodingError",
-    "Memory",
-    "Replica",
-    "Work",
-    "apply_dense_",
-    "apply_merged_",
-    "describe",
-    "work",
-]
+class Host:
+    """What the clients of a process have in common: a method, a task, one copy of the model.
+
+    Args:
+        model: holds the first weights of the run; evaluation mode is set.
+        task: what is learned.
+        method: a fresh method with the server's options.
+        batch_size: examples a local step.
+        seed: of the run.
+        calibration: as the server's, where a mask is chosen from it.
+
+    Attributes:
+        common: what must be as the server has it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        method: Method,
+        *,
+        batch_size: int,
+        seed: int,
+        calibration: Sequence[Batch] = (),
+    ) -> None:
+        model = unwrap(model).eval()
+        method.prepare(Setting(model, task, (), {}, seed, tuple(calibration), server=False))
+        self.task, self.method, self.batch_size = task, method, batch_size
+        self.common = describe(method, model, batch_size)
+        self.replica = Replica(method)
+
+    def answer(
+        self,
+        request: Request,
+        updates: Sequence[bytes],
+        shard: Sequence[int],
+        memory: Memory,
+    ) -> tuple[Reply, Memory]:
+        """A client's round.
+
+        Args:
+            request: what the server sent.
+            updates: encoded, those after ``request.known``.
+            shard: the client's examples.
+            memory: what the client has.
+
+        Returns:
+            The reply, and what the client has from now on.
+
+        Raises:
+            EncodingError: a message is damaged.
+            ValueError: a message of another run, for another client, out of order.
+        """
+        order = Order.decode(request.order)
+        if order.client != request.client:
+            raise ValueError(f"an order for client {order.client} came to client {request.client}")
+        if request.position < 0:
+            raise ValueError(f"position must be at least 0; got {request.position}")
+        try:
+            memory, weights = self.replica.learn(memory, order, request.known, updates)
+        except BehindError as behind:
+            return Reply(client=request.client, known=behind.round), memory
+        if request.drops:
+            return Reply(client=request.client), memory
+        self.replica.follow_(memory, weights)
+        done = work(
+            self.method,
+            self.task,
+            shard,
+            order,
+            batch_size=self.batch_size,
+            position=request.position,
+        )
+        reply = Reply(client=request.client, data=done.data, position=done.position, loss=done.loss)
+        return reply, memory
