@@ -253,7 +253,24 @@ def _watched(config: RunConfig, console: Console) -> Any:
             if row.get("eval_loss") is not None or row["phase"] == "calibration":
                 _say(progress.console, _line(row))
 
+        if config.transport == "flower":
+            return _flower().run(config, watch)
         return experiment.run(config, watch)
+
+
+def _flower() -> Any:
+    """The module of Flower's apps.
+
+    Raises:
+        UserError: Flower is not installed.
+    """
+    try:
+        import flwr  # noqa: F401
+    except ImportError as error:
+        raise UserError("--transport flower needs: pip install 'flwr>=1.41'") from error
+    from fedzo import flower_app
+
+    return flower_app
 
 
 def _short(row: dict[str, Any]) -> str:
