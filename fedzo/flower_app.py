@@ -58,7 +58,8 @@ _MODULE = '''"""The apps of a run of fedzo, which is installed where they run.""
 
 from fedzo.flower_app import client_app, server_app
 
-server, client = server_app(), client_app()
+server = server_app()
+client = client_app()
 '''
 
 

@@ -95,7 +95,7 @@ class FlowerTransport:
         clients: how many nodes to wait for.
         timeout: seconds a round waits for replies; None: for all of them.
         patience: seconds to wait for the nodes before the first round.
-        poll: seconds between looks at what has come.
+        poll: seconds between two looks at what has come, at most.
 
     Raises:
         TransportError: too few nodes, a node that does not answer or says who another one is.
@@ -108,7 +108,7 @@ class FlowerTransport:
         *,
         timeout: float | None = None,
         patience: float = 600.0,
-        poll: float = 0.1,
+        poll: float = 2.0,
     ) -> None:
         if clients < 1:
             raise ValueError(f"clients must be at least 1; got {clients}")
@@ -182,13 +182,23 @@ class FlowerTransport:
 
     def _wait(self, clients: int, patience: float) -> list[int]:
         end = time.monotonic() + patience
-        while len(nodes := sorted(self.grid.get_node_ids())) < clients:
+        for pause in self._pauses():
+            nodes = sorted(self.grid.get_node_ids())
+            if len(nodes) >= clients:
+                return nodes
             if time.monotonic() > end:
-                raise TransportError(
-                    f"{clients} clients were expected; {len(nodes)} came in {patience:g} s"
-                )
-            time.sleep(self.poll)
-        return nodes
+                break
+            time.sleep(pause)
+        raise TransportError(
+            f"{clients} clients were expected; {len(nodes)} came in {patience:g} s"
+        )
+
+    def _pauses(self) -> Iterator[float]:
+        """Seconds between looks: short at first."""
+        pause = 0.01
+        while True:
+            yield min(pause, self.poll)
+            pause *= 1.5
 
     def _greet(self, nodes: Sequence[int], patience: float) -> None:
         """Ask every node who it is."""
@@ -238,7 +248,7 @@ class FlowerTransport:
         self._pending |= current
         end = None if timeout is None else time.monotonic() + timeout
         found: list[tuple[int, Message, bool]] = []
-        while True:
+        for pause in self._pauses():
             for message in self.grid.pull_messages(list(self._pending)):
                 answered = message.metadata.reply_to_message_id
                 asked = self._pending.pop(answered, STRANGER)
@@ -246,10 +256,11 @@ class FlowerTransport:
                 node = asked if message.has_error() else message.metadata.src_node_id
                 found.append((node, message, answered not in current))
             if not current.keys() & self._pending.keys():
-                return found
+                break
             if end is not None and time.monotonic() >= end:
-                return found
-            time.sleep(self.poll)
+                break
+            time.sleep(pause)
+        return found
 
 
 # --- records --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ passes through Flower's serialization, messages and clients' states alike.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -35,14 +35,20 @@ class LocalGrid(Grid):
     Args:
         app: what every node runs.
         nodes: how many; they get ``partition-id`` 0 to ``nodes - 1`` in their configuration.
+        run_config: the run's configuration.
 
     Attributes:
         sent, received: bytes of the serialized messages to and from the nodes.
         contexts: the serialized context of every node, in order.
     """
 
-    def __init__(self, app: ClientApp, nodes: int) -> None:
-        self.app = app
+    def __init__(
+        self,
+        app: ClientApp,
+        nodes: int,
+        run_config: Mapping[str, bool | float | int | str] | None = None,
+    ) -> None:
+        self.app, self.run_config = app, dict(run_config or {})
         self.sent = self.received = 0
         self.contexts = {
             _FIRST_NODE + k: context_to_proto(
@@ -51,7 +57,7 @@ class LocalGrid(Grid):
                     node_id=_FIRST_NODE + k,
                     node_config={"partition-id": k, "num-partitions": nodes},
                     state=RecordDict(),
-                    run_config={},
+                    run_config=self.run_config,
                 )
             ).SerializeToString()
             for k in range(nodes)
@@ -72,7 +78,7 @@ class LocalGrid(Grid):
                 node_id=SUPERLINK_NODE_ID,
                 node_config={},
                 state=RecordDict(),
-                run_config={},
+                run_config=self.run_config,
             ),
         )
 
