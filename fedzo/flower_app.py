@@ -76,7 +76,7 @@ def run(config: RunConfig, watch: experiment.Watch = lambda row: None) -> experi
     def main(grid: Grid, context: Context) -> None:
         results.append(_serve(config, grid, watch))
 
-    LocalGrid(client_app(config), config.clients).start(app)
+    LocalGrid(client_app(config), [{"client": k} for k in range(config.clients)]).start(app)
     return results[0]
 
 
@@ -134,7 +134,7 @@ def write(folder: Path, config: RunConfig) -> None:
         if value != RunConfig.model_fields[name].default
     }
     lines = [
-        f"{name} = {json.dumps(json.dumps(v) if isinstance(v, dict) else v)}"
+        f"{name} = {json.dumps(json.dumps(v) if isinstance(v, dict) else v, ensure_ascii=False)}"
         for name, v in values.items()
     ]
     try:

@@ -8,9 +8,9 @@ passes through Flower's serialization, messages and clients' states alike.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import (
@@ -34,7 +34,7 @@ class LocalGrid(Grid):
 
     Args:
         app: what every node runs.
-        nodes: how many; they get ``partition-id`` 0 to ``nodes - 1`` in their configuration.
+        nodes: the configuration of each node.
         run_config: the run's configuration.
 
     Attributes:
@@ -45,22 +45,22 @@ class LocalGrid(Grid):
     def __init__(
         self,
         app: ClientApp,
-        nodes: int,
-        run_config: Mapping[str, bool | float | int | str] | None = None,
+        nodes: Sequence[UserConfig],
+        run_config: UserConfig | None = None,
     ) -> None:
-        self.app, self.run_config = app, dict(run_config or {})
+        self.app, self.run_config = app, run_config or {}
         self.sent = self.received = 0
         self.contexts = {
             _FIRST_NODE + k: context_to_proto(
                 Context(
                     run_id=_RUN,
                     node_id=_FIRST_NODE + k,
-                    node_config={"partition-id": k, "num-partitions": nodes},
+                    node_config=dict(node),
                     state=RecordDict(),
                     run_config=self.run_config,
                 )
             ).SerializeToString()
-            for k in range(nodes)
+            for k, node in enumerate(nodes)
         }
         self._waiting: dict[str, bytes] = {}
         self._numbers = itertools.count(1)
