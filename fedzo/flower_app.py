@@ -76,7 +76,10 @@ def run(config: RunConfig, watch: experiment.Watch = lambda row: None) -> experi
     def main(grid: Grid, context: Context) -> None:
         results.append(_serve(config, grid, watch))
 
-    LocalGrid(client_app(config), [{"client": k} for k in range(config.clients)]).start(app)
+    try:
+        LocalGrid(client_app(config), [{"client": k} for k in range(config.clients)]).start(app)
+    finally:
+        _load.cache_clear()
     return results[0]
 
 
@@ -102,10 +105,6 @@ def client_app(config: RunConfig | None = None) -> ClientApp:
         config: the run; None: Flower's run configuration (:func:`read`).
     """
 
-    @functools.cache
-    def load(fields: str, own: bool) -> tuple[Host, Sequence[Sequence[int]]]:
-        return _load(build(RunConfig, json.loads(fields)), own)
-
     def join(context: Context) -> flower.Seat:
         node = context.node_config
         mine = read(context.run_config) if config is None else config
@@ -114,7 +113,7 @@ def client_app(config: RunConfig | None = None) -> ClientApp:
         client = node.get("client", node.get("partition-id"))
         if isinstance(client, bool) or not isinstance(client, int) or client < 0:
             raise ValueError(f"node-config must have client, a number from 0; got {client!r}")
-        host, shards = load(mine.model_dump_json(), own)
+        host, shards = _load(mine.model_dump_json(), own)
         if not own and client >= len(shards):
             raise ValueError(f"client must be below {len(shards)}; got {client}")
         return flower.Seat(host, client, shards[0] if own else shards[client])
@@ -171,8 +170,10 @@ def _serve(config: RunConfig, grid: Grid, watch: experiment.Watch) -> experiment
         raise UserError(f"--transport flower: {error}") from error
 
 
-def _load(config: RunConfig, own: bool) -> tuple[Host, Sequence[Sequence[int]]]:
+@functools.lru_cache(maxsize=1)
+def _load(fields: str, own: bool) -> tuple[Host, Sequence[Sequence[int]]]:
     """Model, method and data of a process of clients."""
+    config = build(RunConfig, json.loads(fields))
     if own:  # nothing of a client's data is held out
         config = config.model_copy(update={"eval_data": config.data, "eval_limit": 1})
     local = experiment.fetched(config)
