@@ -23,7 +23,7 @@ from fedzo import experiment
 from fedzo.client import Host
 from fedzo.config import RunConfig, build
 from fedzo.options import make_method
-from fedzo.transports import flower
+from fedzo.transports import TransportError, flower
 from fedzo.transports.local_grid import LocalGrid
 from zokernels.finetune.config import UserError
 
@@ -122,7 +122,7 @@ def client_app(config: RunConfig | None = None) -> ClientApp:
 
 
 def write(folder: Path, config: RunConfig) -> None:
-    """Write the folder that ``flwr run`` takes.
+    """Write the folder that ``flwr run`` takes; ``--run-config resume=true`` goes on with a run.
 
     Raises:
         UserError: it is there already, or cannot be written.
@@ -130,7 +130,7 @@ def write(folder: Path, config: RunConfig) -> None:
     values = {
         name: value
         for name, value in config.model_dump(exclude={"transport"}).items()
-        if value != RunConfig.model_fields[name].default
+        if value != RunConfig.model_fields[name].default or name == "resume"
     }
     lines = [
         f"{name} = {json.dumps(json.dumps(v) if isinstance(v, dict) else v, ensure_ascii=False)}"
@@ -166,7 +166,7 @@ def _serve(config: RunConfig, grid: Grid, watch: experiment.Watch) -> experiment
 
     try:
         return experiment.run(config, watch, connect)
-    except flower.TransportError as error:
+    except TransportError as error:
         raise UserError(f"--transport flower: {error}") from error
 
 

@@ -37,7 +37,7 @@ from fedzo.records import RoundRecord, ScalarStats
 from fedzo.sampling import DROPOUT, STRAGGLER, happens, participants
 from fedzo.server import FAILED, NOT_FINITE, Expected, Rejected, Server
 from fedzo.task import Batch, Task
-from fedzo.transports import Reply, Request, Transport
+from fedzo.transports import Reply, Request, Transport, TransportError
 from fedzo.transports.inprocess import InProcess
 from zokernels.binding import unwrap
 
@@ -191,6 +191,9 @@ class Federation:
         Yields:
             A record a round, after its checkpoint; before the first round the calibration's, where
             the method has one.
+
+        Raises:
+            TransportError: every client of a round failed, or none can be reached.
         """
         if isinstance(self.method, Calibrated) and not self.method.calibrated:
             yield self._calibrate(self.method)
@@ -264,6 +267,9 @@ class Federation:
                 self._late.append((request.client, reply.data))
                 continue
             self._receive(request.client, reply.data)
+        if len(seen.failed) == len(orders):
+            reason = next(iter(seen.failed.values()))
+            raise TransportError(f"all {len(orders)} clients of a round failed: {reason}")
         seen.dropped = [client for client in orders if client not in seen.heard]
         return seen
 
@@ -286,6 +292,7 @@ class Federation:
                 if reply.late or request is None:
                     self.server.receive(reply.client, reply.data or b"")
                 elif reply.error is not None:
+                    seen.failed[reply.client] = reply.error
                     self.server.refuse(reply.client, FAILED, reply.error)
                 elif reply.known is not None and reply.known < request.known:
                     self._known[reply.client] = reply.known
@@ -499,6 +506,7 @@ class _Seen:
 
     reached: list[int] = field(default_factory=list)
     heard: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)

@@ -15,6 +15,10 @@ from typing import Any, Protocol
 Updates = Callable[[int], list[bytes]]
 
 
+class TransportError(RuntimeError):
+    """The clients cannot be reached, or none of them can work."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What a client is sent in a round.

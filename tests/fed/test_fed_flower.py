@@ -16,11 +16,11 @@ from flwr.clientapp import ClientApp
 from fedzo.client import Memory
 from fedzo.messages import Dense, Report
 from fedzo.simulation import Federation
+from fedzo.transports import TransportError
 from fedzo.transports.flower import (
     RECORD,
     STRANGER,
     FlowerTransport,
-    TransportError,
     client_app,
     read_memory,
     read_reply,
@@ -129,6 +129,30 @@ def test_a_client_that_says_twice_that_it_has_nothing_is_left_out():
     grid.way = forgetful
     record = next(rounds)
     assert record.accepted == (0, 2, 3) and record.dropped == (1,)
+
+
+def test_a_client_that_lost_its_memory_and_then_fails_is_one_drop_out():
+    one = ff.host("meerkat")
+    good = ff.app(lambda: one)
+    grid = ff.Grid(good)
+    _, fed = ff.federation("meerkat", grid=grid)
+    rounds = fed.run(3)
+    next(rounds), next(rounds)
+    calls: list[int] = []
+
+    def worse(message: Message, context: Any) -> Message:
+        if context.node_config["client"] == 2:
+            calls.append(1)
+            context.state.clear()
+            if len(calls) == 2:
+                raise MemoryError("full")
+        return good(message, context)
+
+    grid.app = ClientApp()
+    grid.app.train()(worse)
+    record = next(rounds)
+    assert len(calls) == 2 and record.accepted == (0, 1, 3) and record.dropped == (2,)
+    assert record.rejected == {2: "failed: MemoryError: full"}
 
 
 @pytest.mark.parametrize("name", ["meerkat", "fedkseed", "fedavg"])
@@ -379,6 +403,7 @@ def hello(grid: ff.Grid, client: int, fields: dict[str, Any]) -> None:
         ({"client": 0}, "two nodes say they are client 0"),
         ({"client": -1}, "is no fedzo client"),
         ({"client": "one"}, "is no fedzo client"),
+        ({"client": 0xFFFFFFFF}, "is no fedzo client"),
         ({"samples": None}, "is no fedzo client"),
         ({"common": "[]"}, "is no fedzo client"),
         ({"common": "{"}, "is no fedzo client"),

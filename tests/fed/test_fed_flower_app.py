@@ -124,6 +124,10 @@ def test_the_folder_for_flwr_run(place, tmp_path):
     LocalGrid(names["client"], nodes, values).start(names["server"])
     experiment.run(config(place, here))
     assert state(out) == state(here)
+    more = {**values, "resume": True, "rounds": 4}
+    LocalGrid(names["client"], nodes, more).start(names["server"])
+    experiment.run(config(place, here, rounds=4, resume=True))
+    assert state(out)["values"] == state(here)["values"]
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert again.exit_code == 2
 
