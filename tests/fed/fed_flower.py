@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,7 @@ class Grid(LocalGrid):
         super().__init__(apps, [{"client": k} for k in range(clients)])
         self.inner_down = self.inner_up = 0
         self.way: Callable[[Message], Iterable[Message]] = lambda message: [message]
+        self.backwards = False
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         listed = list(messages)
@@ -66,7 +67,7 @@ class Grid(LocalGrid):
             if message.has_content():
                 self.inner_up += len(message.content.config_records[RECORD].get("data", b""))
             found += self.way(message)
-        return found
+        return found[::-1] if self.backwards else found
 
     def node(self, client: int) -> int:
         """The node of a client."""
@@ -117,8 +118,3 @@ def changed(message: Message, **fields: Any) -> Message:
     content[RECORD] = ConfigRecord({k: v for k, v in record.items() if v is not None})
     message.content = content
     return message
-
-
-def of_rounds(messages: Sequence[Message]) -> list[Message]:
-    """Those that carry a report."""
-    return [m for m in messages if m.has_content() and "data" in m.content.config_records[RECORD]]
