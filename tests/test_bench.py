@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from bench import breakdown, drift, fidelity, fused, harness, models, peak, precision, sparse, step
+from bench import (
+    breakdown,
+    drift,
+    fidelity,
+    fused,
+    harness,
+    models,
+    peak,
+    precision,
+    sparse,
+    step,
+    trainer,
+)
 from bench.peers import torchzero_peer
 from bench.peers.mezo import VARIANTS, MeZOLoop
 
@@ -315,6 +327,17 @@ def test_fused_update_end_to_end(tmp_path: Path):
     assert len(rows) == 2 * 2 * 2
     assert all(float(r["vs_apart"]) == 1.0 for r in rows if r["case"] == fused.APART)
     assert all(float(r["ms"]) > 0 for r in rows)
+
+
+def test_trainer_end_to_end(tmp_path: Path):
+    arguments = ("--model", "tiny-opt", "--dtype", "fp32", "--size", "2x8", "--rounds", 2)
+    run(trainer.app, *arguments, "--steps", 2, "--results", tmp_path)
+    (path,) = tmp_path.rglob("trainer.csv")
+    rows = {row["case"]: row for row in harness.read_rows(path)}
+    assert set(rows) == {trainer.LOOP, trainer.TRAINER, trainer.ADAMW, trainer.PLAIN}
+    assert float(rows[trainer.LOOP]["vs_loop"]) == 1.0
+    assert all(float(row["ms"]) > 0 for name, row in rows.items() if name != trainer.PLAIN)
+    assert all(float(row["peak_mib"]) >= 0 for row in rows.values())
 
 
 def test_step_refuses_bad_names():

@@ -428,6 +428,28 @@ def test_uses_of_a_parameter(use):
 ONE_BY_ONE = {"inplace_result", "out_of_place_setitem"}
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointed_models_do_to_activations_is_no_obstacle(reentrant: bool) -> None:
+    """transformers' hooks on embeddings ask for gradients so that checkpointed layers have some."""
+
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).requires_grad_()
+            h = torch.utils.checkpoint.checkpoint(self.norm, h, use_reentrant=reentrant)
+            return self.second(F.gelu(h)) * self.scale
+
+    plain, held = net(), Checkpointed().eval()
+    held.load_state_dict(plain.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", zo.StackingWarning)
+        got = zo.branches(held, [1], PAIR)(lambda: held(X))
+    torch.testing.assert_close(got, zo.branches(plain, [1], PAIR)(lambda: plain(X)))
+    assert not got.requires_grad
+    # The switch is torch's, and it is back.
+    with pytest.raises(RuntimeError, match="requires_grad_"):
+        torch.func.vmap(lambda x: (x * 2).requires_grad_())(X)
+
+
 @pytest.mark.parametrize("use", [u for u in USES if u not in ONE_BY_ONE])
 def test_common_uses_stack(use):
     model = One(USES[use])

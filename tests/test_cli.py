@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import tiny_lm
+import torch
 from typer.testing import CliRunner, Result
 
 import zokernels
 from zokernels import _ops, _registry
 from zokernels.cli import app, main
+from zokernels.finetune import data as data_
 
 
 def call(*arguments: object) -> Result:
@@ -123,12 +125,29 @@ def test_config_file_and_command_line(model_dir: Path, labelled: Path, tmp_path:
     file.write_text(f'model = "{model_dir}"\ndata = "{labelled}"\nsteps = 50\nlr = 1e-4\n')
     result = call(
         *["finetune", "--config", file, "--steps", 2, "--max-length", 8, "--no-compare-mezo"],
-        *["--output", tmp_path / "out"],
+        *["--output", tmp_path / "out", "--batch-size", 3, "--accumulate", 2],
     )
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["steps"], config["lr"], config["task"]) == (2, 1e-4, "auto")
     assert "perplexity" in result.output and "accuracy" not in result.output
+    assert "batch 6 (2 micro-batches x 3)" in result.output
+
+
+def test_out_of_memory(
+    model_dir: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(data_, "order", fails)
+    result = call(
+        *["finetune", "--model", model_dir, "--data", labelled, "--output", tmp_path / "out"],
+        *["--max-length", 8],
+    )
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: out of memory: give a smaller --batch-size")
+    assert "Tried to allocate 2.00 GiB" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

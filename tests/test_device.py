@@ -202,8 +202,11 @@ def test_a_step_does_not_wait(
     with waits_are_errors():
         for _ in range(3):
             opt.step(batch, loss_fn(kind))
+        for _ in range(2):
+            opt.accumulate(batch, loss_fn(kind))
+        opt.step()
     opt.flush()
-    assert opt.num_steps == 5 and opt.skipped == 0
+    assert opt.num_steps == 6 and opt.skipped == 0
 
 
 def test_random_masks_of_dropout_are_the_same_in_both_probes(backend: str) -> None:

@@ -78,7 +78,7 @@ def _runs(rank: int) -> dict[str, Any]:
         for name, options in VARIANTS.items():
             model, journal = net(dtype), zo.Trajectory() if rank == 0 else None
             opt = zo.MeZO(model, process_group=group, journal=journal, **OPT, **options)
-            losses = [opt.step(batch(s, rank, dtype), mse) for s in range(STEPS)]
+            losses = [_step(opt, name, batch(s, rank, dtype)) for s in range(STEPS)]
             opt.check_ranks()
             found[f"{name} {dtype}"] = (weights(model), losses, journal)
     model = net()
@@ -88,8 +88,17 @@ def _runs(rank: int) -> dict[str, Any]:
     return found
 
 
+def _step(opt: zo.MeZO, name: str, data: tuple[Tensor, Tensor]) -> Tensor:
+    if name != "accumulated":
+        return opt.step(data, mse)
+    for _ in range(2):
+        opt.accumulate(data, lambda model, batch: mse(model, batch) / 2)
+    return opt.step()
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "accumulated": {},
     "directions": {"num_directions": 3, "estimator": "forward"},
     "momentum": {"momentum": 0.9, "momentum_window": 3},
     "fused": {"fuse_update": True},

@@ -77,13 +77,16 @@ def step(
     dtype: torch.dtype,
     steps: int = 1,
     kernels: Kernels | None = None,
+    accumulated: int = 0,
     **options: Any,
 ) -> None:
     model, batch, options = moved(device, name, dtype, options)
     with device(kernels):
         opt = zo.MeZO(model, lr=1e-3, eps=1e-3, **options)
         for _ in range(steps):
-            loss = opt.step(batch, mz.CASES[name].loss_fn)
+            for _ in range(accumulated):
+                opt.accumulate(batch, mz.CASES[name].loss_fn)
+            loss = opt.step() if accumulated else opt.step(batch, mz.CASES[name].loss_fn)
     assert loss.device.type == "cuda" and loss.shape == () and loss.dtype == torch.float32
     assert opt.num_steps == steps
 
@@ -108,6 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mask and momentum": {"mask": 0.1, "momentum": 0.9},
     "in parts": {"num_directions": 2, "max_branches": 2},
     "sequential": {"sequential": True},
+    "accumulated": {"accumulated": 2},
 }
 
 
@@ -136,7 +140,8 @@ def test_the_triton_backend_says_which_updates_it_takes_along(
     assert takes == (dtype == torch.bfloat16 and tokens <= 32)
 
 
-GRAPHED = {name: o for name, o in OPTIONS.items() if not {"momentum", "sequential"} & set(o)}
+NOT_GRAPHED = {"momentum", "sequential", "accumulated"}
+GRAPHED = {name: o for name, o in OPTIONS.items() if not NOT_GRAPHED & set(o)}
 
 
 @pytest.mark.parametrize("options", sorted(set(OPTIONS) - set(GRAPHED)))

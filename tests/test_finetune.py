@@ -24,8 +24,9 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from zokernels.finetune import assets, peer, presets, report, train
+from zokernels.finetune import assets, memory, peer, presets, report, train
 from zokernels.finetune import data as data_
+from zokernels.finetune import folder as folder_
 from zokernels.finetune.config import Config, UserError, build, lr_factor, read_file
 from zokernels.finetune.memory import Peak
 from zokernels.finetune.models import load_model, load_tokenizer, select
@@ -416,27 +417,27 @@ def test_a_run_learns_and_leaves_its_folder(
     assert [(c.directions, c.measured) for c in summary.comparisons] == [(1, True), (4, False)]
     assert all(c.ours > 0 and c.mezo > 0 for c in summary.comparisons)
     assert summary.mezo_drift is not None and 0 < summary.mezo_drift < 1e-5
-    report.picture(summary, out / train.PICTURE)
-    assert (out / train.PICTURE).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    report.picture(summary, out / folder_.PICTURE)
+    assert (out / folder_.PICTURE).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed = io.StringIO()
     report.show(summary, Console(file=printed, width=80))
     seeds = f"over {len(summary.runs)} seeds (better by more than its standard error)"
     assert f"held-out loss {-mean:+.4f} ± {error:.4f} {seeds}" in printed.getvalue()
     assert f"{summary.runs[1].after.loss:.4f} ± " in printed.getvalue()
-    saved = json.loads((out / train.SUMMARY).read_text())
+    saved = json.loads((out / folder_.SUMMARY).read_text())
     assert saved["improvement"]["loss"]["mean"] == mean
     assert len(saved["runs"]) == 2 and len(saved["runs"][0]["curve"]) == 80
 
-    lines = [json.loads(x) for x in (out / "seed-1" / train.METRICS).read_text().splitlines()]
+    lines = [json.loads(x) for x in (out / "seed-1" / folder_.METRICS).read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == list(range(80))
     assert len(lines[0]["projected_gradients"]) == 4
     assert [x["step"] for x in lines if "held_out_loss" in x] == [39]
 
     # The trajectory alone, on the base model, is the fine-tuned model.
     base = load_model(config, 0)
-    Trajectory.load(out / "seed-1" / train.JOURNAL).replay_(base)
+    Trajectory.load(out / "seed-1" / folder_.JOURNAL).replay_(base)
     assert train.weights_sha256(base) == summary.runs[1].weights_sha256
-    weights = AutoModelForCausalLM.from_pretrained(out / "seed-1" / train.WEIGHTS)
+    weights = AutoModelForCausalLM.from_pretrained(out / "seed-1" / folder_.WEIGHTS)
     for name, p in weights.named_parameters():
         assert torch.equal(p, base.get_parameter(name)), name
 
@@ -479,10 +480,10 @@ def test_resume_is_bit_for_bit(
         with pytest.raises(KeyboardInterrupt):
             run("broken")
     # Worse than an interrupt: the last checkpoint is older than the journal, whose end is torn.
-    checkpoint = tmp_path / "broken/seed-0" / train.CHECKPOINT
+    checkpoint = tmp_path / "broken/seed-0" / folder_.CHECKPOINT
     state = json.loads(checkpoint.read_text())
     assert state["optimizer"]["mezo"]["step"] == 8
-    with (tmp_path / "broken/seed-0" / train.JOURNAL).open("ab") as journal:
+    with (tmp_path / "broken/seed-0" / folder_.JOURNAL).open("ab") as journal:
         journal.write(b"torn")
     resumed = run("broken", resume=True)
     for a, b in zip(whole.runs, resumed.runs, strict=True):
@@ -490,9 +491,9 @@ def test_resume_is_bit_for_bit(
         assert a.evaluations == b.evaluations
         place = f"seed-{a.seed}"
         files = [(tmp_path / out / place) for out in ("whole", "broken")]
-        steps = [Trajectory.load(f / train.JOURNAL).steps for f in files]
+        steps = [Trajectory.load(f / folder_.JOURNAL).steps for f in files]
         assert steps[0] == steps[1] and len(steps[0]) == 12
-        logs = [(f / train.METRICS).read_text().splitlines() for f in files]
+        logs = [(f / folder_.METRICS).read_text().splitlines() for f in files]
         assert [json.loads(x)["step"] for x in logs[0]] == [json.loads(x)["step"] for x in logs[1]]
     # A run that is done can be resumed once more and says the same.
     assert [r.weights_sha256 for r in run("broken", resume=True).runs] == [
@@ -515,7 +516,7 @@ def test_killed_run_resumes_bit_for_bit(model_dir: Path, labelled: Path, tmp_pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    metrics = tmp_path / "killed/seed-0" / train.METRICS
+    metrics = tmp_path / "killed/seed-0" / folder_.METRICS
     deadline = time.monotonic() + 90
     while not metrics.is_file() or len(metrics.read_bytes().splitlines()) < 20:
         assert child.poll() is None, child.stderr and child.stderr.read().decode()
@@ -526,16 +527,16 @@ def test_killed_run_resumes_bit_for_bit(model_dir: Path, labelled: Path, tmp_pat
     assert child.stderr is not None
     child.stderr.close()
     place = tmp_path / "killed/seed-0"
-    assert not (place / train.RESULT).exists()
-    done = json.loads((place / train.CHECKPOINT).read_text())["optimizer"]["mezo"]["step"]
+    assert not (place / folder_.RESULT).exists()
+    done = json.loads((place / folder_.CHECKPOINT).read_text())["optimizer"]["mezo"]["step"]
     assert 14 <= done < 150
     resumed = train.finetune(
-        build(train.resumed_options(str(tmp_path / "killed")), {"resume": True}), SILENT
+        build(folder_.resumed_options(str(tmp_path / "killed")), {"resume": True}), SILENT
     )
     assert resumed.runs[0].weights_sha256 == whole.runs[0].weights_sha256
     assert resumed.runs[0].curve == whole.runs[0].curve
     journals = [
-        Trajectory.load(tmp_path / o / "seed-0" / train.JOURNAL) for o in ("whole", "killed")
+        Trajectory.load(tmp_path / o / "seed-0" / folder_.JOURNAL) for o in ("whole", "killed")
     ]
     assert journals[0].steps == journals[1].steps
 
@@ -568,8 +569,8 @@ def test_an_interrupt_keeps_the_step_it_came_in(
         with pytest.raises(KeyboardInterrupt):
             train.finetune(config, SILENT)
     folder = tmp_path / "run" / f"seed-{config.seed}"
-    assert len((folder / train.METRICS).read_text().splitlines()) == 7
-    saved = json.loads((folder / train.CHECKPOINT).read_text())
+    assert len((folder / folder_.METRICS).read_text().splitlines()) == 7
+    saved = json.loads((folder / folder_.CHECKPOINT).read_text())
     assert saved["optimizer"]["mezo"]["step"] == 7
 
 
@@ -582,16 +583,35 @@ def test_folders_are_not_mixed_up(model_dir: Path, labelled: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"--resume: --lr was 0.001 and is 1.0 now"):
         train.finetune(other, SILENT)
     with pytest.raises(UserError, match="holds no run"):
-        train.resumed_options(str(tmp_path / "nothing"))
+        folder_.resumed_options(str(tmp_path / "nothing"))
+
+
+def test_a_run_that_could_not_begin_is_none(
+    model_dir: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """What was wrong is put right, and the same command goes through."""
+    out = tmp_path / "out"
+    for wrong, message in (
+        ({"device": "toaster"}, "--device must be"),
+        ({"trainable": "nothing"}, "--trainable must be"),
+        ({"trainable": "lora", "lora_targets": ["none"]}, "--trainable lora"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.finetune(configuration(model_dir, labelled, out, steps=1, **wrong), SILENT)
+    right = configuration(model_dir, labelled, out, steps=1)
+    train.finetune(right, SILENT)
+    # Nor does a resumed run leave a configuration that could not begin one.
+    train.finetune(build(right.to_dict(), {"resume": True}), SILENT)
+    assert build(read_file(str(out / folder_.CONFIG))) == right
 
 
 def test_changed_data_is_noticed(model_dir: Path, labelled: Path, tmp_path: Path) -> None:
     config = configuration(model_dir, labelled, tmp_path / "out", **CLASSIFY, steps=3)
     train.finetune(config, SILENT)
-    (tmp_path / "out/seed-0" / train.RESULT).unlink()  # as if killed in the last evaluation
+    (tmp_path / "out/seed-0" / folder_.RESULT).unlink()  # as if killed in the last evaluation
     resumed = build(config.to_dict(), {"resume": True})
     train.finetune(resumed, SILENT)
-    (tmp_path / "out/seed-0" / train.RESULT).unlink()
+    (tmp_path / "out/seed-0" / folder_.RESULT).unlink()
     labelled.write_text(labelled.read_text().replace("xx", "zz"))
     with pytest.raises(UserError, match="--resume: the training examples are not those"):
         train.finetune(resumed, SILENT)
@@ -665,6 +685,26 @@ def test_peak_sees_what_is_freed_again() -> None:
     with Peak(CPU) as peak:
         torch.ones(1 << 24).sum()
     assert peak.above > 3 << 24
+
+
+def test_peak_where_the_mark_cannot_be_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path)  # a folder cannot be written
+    with Peak(CPU) as peak:
+        pass
+    assert peak.peak >= peak.before > 0
+
+
+def test_a_digest_of_weights_of_any_shape() -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    model.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+    digest = train.weights_sha256(model)
+    model.turned = nn.Parameter(model.turned.detach().contiguous())
+    assert train.weights_sha256(model) == digest
+    model.scale = nn.Parameter(torch.tensor(2.5))
+    assert train.weights_sha256(model) != digest
 
 
 # --- assets ---------------------------------------------------------------------------------------

@@ -312,6 +312,129 @@ def test_accumulation_equals_the_big_batch() -> None:
     assert b.step([X, Y], loss_fn).item() == pytest.approx(a.step((X, Y), loss_fn).item(), rel=1e-4)
 
 
+def halves() -> list[tuple[Tensor, Tensor]]:
+    return [(X[:4], Y[:4]), (X[4:], Y[4:])]
+
+
+def half_loss(net: nn.Module, batch: Any) -> Tensor:
+    return loss_fn(net, batch) / 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_directions": 3, "estimator": "forward", "max_branches": 2},
+        {"momentum": 0.9, "clip": 0.1},
+        {"fuse_update": True, "weight_decay": 0.1},
+        {"sequential": True},
+        {"mask": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulated_losses_make_the_step_of_their_sum(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Bit for bit what a list of micro-batches makes, whose mean is exact here."""
+    found = []
+    for way in ("list", "accumulate"):
+        net, given = model(dtype), dict(options)
+        if "mask" in given:
+            given["mask"] = zo.Mask.random(net, given["mask"], seed=1)
+        journal = Trajectory()
+        opt = MeZO(net, lr=1e-2, eps=1e-2, journal=journal, **given)
+        losses = []
+        for _ in range(3):
+            if way == "list":
+                losses.append(opt.step(halves(), loss_fn))
+                continue
+            parts = [opt.accumulate(part, half_loss) for part in halves()]
+            losses.append(opt.step())
+            torch.testing.assert_close(parts[0] + parts[1], losses[-1])
+        opt.flush()
+        assert opt.num_steps == 3
+        found.append((weights(net), losses, [s.coeffs for s in journal]))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    assert not same(found[0][0], model(dtype))
+
+
+def test_accumulate_takes_closures_and_models_without_names() -> None:
+    found = []
+    for named in (False, True):
+        net = model()
+        opt = MeZO(list(net.named_parameters()) if named else net, lr=1e-2, eps=1e-2)
+        for part in halves():
+            opt.accumulate(closure=lambda part=part, net=net: half_loss(net, part))
+        opt.step()
+        found.append(net)
+    torch.testing.assert_close(found[0].state_dict(), found[1].state_dict(), atol=1e-6, rtol=1e-5)
+
+
+def test_what_was_accumulated_is_dropped_or_refused() -> None:
+    net = model()
+    opt = MeZO(net, lr=1e-2, eps=1e-2)
+    start = weights(net)
+    opt.accumulate((X, Y), loss_fn)
+    assert opt.num_steps == 0 and same(net, start)
+    with pytest.raises(ValueError, match=r"no batch after accumulate\(\)"):
+        opt.step((X, Y), loss_fn)
+    opt.zero_grad()
+    with pytest.raises(TypeError, match="step needs a closure"):
+        opt.step()
+    for change, back, name in (
+        (lambda: opt.param_groups[0].update(eps=2e-2), lambda: None, "eps"),
+        (lambda: setattr(opt, "num_directions", 2), lambda: None, "num_directions"),
+        (
+            lambda: net.norm.requires_grad_(False),
+            lambda: net.norm.requires_grad_(),
+            "requires_grad",
+        ),
+        (lambda: opt.load_state_dict(opt.state_dict()), lambda: None, None),
+    ):
+        opt.accumulate((X, Y), loss_fn)
+        change()
+        again = [lambda: opt.accumulate((X, Y), loss_fn), opt.step]
+        if name is None:
+            with pytest.raises(TypeError, match="step needs a closure"):
+                opt.step()
+            continue
+        for call in again:
+            with pytest.raises(ValueError, match=f"{name} changed from .* since accumulate"):
+                call()
+        back()
+        opt.zero_grad()
+    assert same(net, start) and opt.num_steps == 0
+
+
+def test_an_error_adds_nothing() -> None:
+    net, other = model(), model()
+    opt, plain = MeZO(net, lr=1e-2, eps=1e-2), MeZO(other, lr=1e-2, eps=1e-2)
+    opt.accumulate((X, Y), loss_fn)
+    with pytest.raises(ZeroDivisionError):
+        opt.accumulate((X, Y), lambda net, batch: 1 / 0)
+    with pytest.raises(TypeError, match="accumulate needs a closure"):
+        opt.accumulate()
+    opt.step()
+    plain.step((X, Y), loss_fn)
+    assert same(net, other)
+
+
+def test_a_non_finite_sum_is_kept_for_whoever_asks() -> None:
+    net = model()
+    opt = MeZO(net, nonfinite="raise")
+    opt.accumulate((X, Y), loss_fn)
+    opt.accumulate((X * torch.nan, Y), loss_fn)
+    for _ in range(2):
+        with pytest.raises(NonFiniteLossError):
+            opt.step()
+    opt.zero_grad()
+    opt.accumulate((X, Y), loss_fn)
+    opt.step()
+    assert opt.num_steps == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_thousand_steps_without_learning_change_no_bit(dtype: torch.dtype) -> None:
     layer = nn.Linear(4, 4, bias=False).to(dtype)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels import verify
@@ -27,6 +28,7 @@ from zokernels.binding import BUSY, Binding, BoundParameter, Selection, bind, ex
 from zokernels.caller import stacklevel
 from zokernels.deferred import placed, recording
 from zokernels.dynamo import compiled_models_run_eagerly, untraced
+from zokernels.functions import forward_alone
 from zokernels.interrupts import whole
 from zokernels.kept import Kept
 from zokernels.lazy import Lazy, LazyParameter, Scale, scaled
@@ -300,7 +302,12 @@ class Branches:
         # nothing here.
         _warn_of_loops(False)
         try:
-            with self._active(memory, self.coeffs, pending):
+            # Hooks for checkpointed layers call requires_grad_ on activations; nothing is recorded.
+            with (
+                self._active(memory, self.coeffs, pending),
+                enable_inplace_requires_grad(True),
+                forward_alone(),
+            ):
                 index = torch.arange(self.num_branches, device=self.binding.device)
                 stacked = iter(torch.func.vmap(body, randomness="same")(index, *self._inputs))
         finally:

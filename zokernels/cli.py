@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from zokernels.finetune.config import Config, UserError, build, read_file
+
+if TYPE_CHECKING:
+    from zokernels.finetune.ranks import Ranks
 
 app = typer.Typer(
     add_completion=False,
@@ -240,7 +243,16 @@ def finetune(
         typer.Option(rich_help_panel=TRAINING, help="Size of the probes (default 1e-3)."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(rich_help_panel=TRAINING, help="Default 16.")
+        int | None,
+        typer.Option(
+            rich_help_panel=TRAINING, help="Examples a rank takes at a time (default 16)."
+        ),
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=TRAINING, help="Batches a rank takes for each step (default 1)."
+        ),
     ] = None,
     distribution: Annotated[
         str | None, typer.Option(rich_help_panel=TRAINING, help="gaussian or rademacher.")
@@ -276,7 +288,10 @@ def finetune(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(rich_help_panel=TRAINING, help="auto, cpu or cuda[:N] (default auto)."),
+        typer.Option(
+            rich_help_panel=TRAINING,
+            help="auto, cpu or cuda[:N] (default auto); under torchrun each rank has its own GPU.",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(rich_help_panel=RUN, help="First seed (default 0).")
@@ -328,8 +343,10 @@ def finetune(
         ),
     ] = None,
 ) -> None:
-    """Fine-tune a causal language model with forward passes only (MeZO)."""
-    console = Console()
+    """Fine-tune a causal language model with forward passes only (MeZO).
+
+    Data parallel: torchrun --nproc-per-node 2 -m zokernels finetune ...
+    """
     given = {
         name: value
         for name, value in context.params.items()
@@ -340,21 +357,40 @@ def finetune(
         given["lora_targets"] = lora_target
     if prompt is not None:
         given["prompt"] = prompt.replace("\\n", "\n")
+    import torch
+
+    from zokernels.finetune.ranks import OtherRankError, Ranks
+
     try:
-        if verbalizer:
-            given["verbalizers"] = _verbalizers(verbalizer)
-        from_file = read_file(config) if config is not None else {}
-        _run(_configuration(demo, from_file, given, console), console)
+        with Ranks.join() as ranks:
+            console = Console(quiet=not ranks.first)
+            given["ranks"] = ranks.count
+            if verbalizer:
+                given["verbalizers"] = _verbalizers(verbalizer)
+            settled = ranks.from_first(
+                lambda: _configuration(
+                    demo, read_file(config) if config is not None else {}, given, console
+                )
+            )
+            _run(settled, console, ranks)
     except UserError as error:
         _fail(str(error))
+    except OtherRankError:
+        raise typer.Exit(1) from None
+    except torch.OutOfMemoryError as error:
+        _fail(
+            "out of memory: give a smaller --batch-size (--accumulate makes up for it), "
+            f"--max-length or --num-directions: {error}",
+            1,
+        )
     except KeyboardInterrupt:
-        _fail("interrupted; the same command with --resume goes on from the last step", 130)
+        _fail("interrupted; if steps were made, the same command with --resume goes on", 130)
 
 
 def _configuration(
     demo: bool, from_file: dict[str, Any], given: dict[str, Any], console: Console
 ) -> Config:
-    from zokernels.finetune import presets, train
+    from zokernels.finetune import folder, presets
 
     base: dict[str, Any] = {}
     output = given.get("output") or from_file.get("output")
@@ -363,7 +399,7 @@ def _configuration(
             output = presets.last_folder()
         if not output:
             raise UserError("--resume needs the --output folder of the run")
-        base = train.resumed_options(output)
+        base = folder.resumed_options(str(output))
     elif demo:
         # Mistakes on the command line show before anything is downloaded.
         build({**presets.DEMO, "model": "demo", "data": "demo"}, from_file, given)
@@ -376,12 +412,13 @@ def _configuration(
     return build(base, from_file, given)
 
 
-def _run(config: Config, console: Console) -> None:
-    from zokernels.finetune import report, train
+def _run(config: Config, console: Console, ranks: Ranks) -> None:
+    from zokernels.finetune import folder, report, train
 
-    summary = train.finetune(config, console)
-    report.picture(summary, Path(config.output) / train.PICTURE)
-    report.show(summary, console)
+    summary = train.finetune(config, console, ranks)
+    if ranks.first:
+        report.picture(summary, Path(config.output) / folder.PICTURE)
+        report.show(summary, console)
 
 
 def _plain(console: Console) -> Callable[[str], None]:
@@ -411,6 +448,14 @@ def main() -> None:
         explain = getattr(error, "format_message", None)  # a usage error: unknown option, no number
         if explain is None:
             raise
-        print(f"error: {' '.join(explain().split())}", file=sys.stderr)
+        from zokernels.finetune.ranks import OtherRankError, Ranks
+
+        try:
+            with Ranks.join():  # all ranks were told the same: one says so
+                raise UserError(explain()) from None
+        except UserError as said:
+            print(f"error: {' '.join(str(said).split())}", file=sys.stderr)
+        except OtherRankError:
+            pass
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)

@@ -73,12 +73,12 @@ class GraphedStep:
         leaves, self._spec = tree_flatten(batch)
         self._batch = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         held = tree_unflatten(self._batch, self._spec)
-        self._functions, sequential = optimizer._functions(held, loss_fn, None)
+        self._evaluation = optimizer._evaluation(held, loss_fn, None, "step")
         self._rates = optimizer._rates()
         self._flags = optimizer._requires_grad()
         self._options = self._recorded_options()
         self._inputs = optimizer._inputs(optimizer._seeds(optimizer._step), self._rates)
-        if sequential:
+        if self._evaluation.sequential:
             raise ValueError("optimizer must not be sequential: a graph holds the stacked branches")
         self._held = self._hold() if optimizer.fuse_update else []
         self._by_name = {p.name: term for members, term in self._held for p in members}
@@ -98,7 +98,7 @@ class GraphedStep:
         self.optimizer.flush()
         for _ in range(3):
             self._wait()
-            losses = self.optimizer._evaluate(self._functions, self._inputs.seeds, None)
+            losses = self.optimizer._losses(self._evaluation, self._inputs.seeds)
             losses = self.optimizer._reduce_losses(losses)
         bound = self.optimizer._bound
         if isinstance(bound, Binding) and not Branches(bound, [0], [[0.0]]).stacked:
@@ -109,7 +109,7 @@ class GraphedStep:
     @torch.no_grad()
     def _run(self) -> Tensor:
         optimizer = self.optimizer
-        losses = optimizer._evaluate(self._functions, self._inputs.seeds, None)
+        losses = optimizer._losses(self._evaluation, self._inputs.seeds)
         losses = optimizer._reduce_losses(losses)
         self._update(losses)
         return losses

@@ -53,7 +53,7 @@ def loss_of(
             f"batch must be a mapping of the model's keyword arguments when there is no loss_fn; "
             f"got {type(batch).__name__}"
         )
-    if _logits_can_go(model, batch):
+    if logits_can_go(model, batch):
         return lambda: causal_lm_loss(model, batch)
     return lambda: own_loss(model, batch)
 
@@ -78,7 +78,7 @@ _equal: weakref.WeakKeyDictionary[nn.Module, dict[object, bool]] = weakref.WeakK
 _PLAIN_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels"}
 
 
-def _logits_can_go(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+def logits_can_go(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether :func:`causal_lm_loss` is this model's loss, from one comparison on real numbers."""
     if not _PLAIN_ARGUMENTS.issuperset(batch) or not isinstance(batch.get("labels"), Tensor):
         return False

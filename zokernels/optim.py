@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from zokernels import _registry, _targets, deferred
 from zokernels._targets import NamedTensors
 from zokernels.binding import Binding, BoundParameter, bind
-from zokernels.branches import Branches, displaced_storage
 from zokernels.caller import stacklevel
-from zokernels.deferred import Fetch, Inputs, placed, recording
+from zokernels.deferred import Fetch, Inputs, placed
 from zokernels.displacement import check_distribution, check_rounding
 from zokernels.distributed import check_process_group, check_same, mean_over_ranks
 from zokernels.dynamo import untraced
 from zokernels.interrupts import whole
-from zokernels.losses import loss_of, scalar
 from zokernels.masks import Mask
 from zokernels.noise import derive_seed, signed_seed
 from zokernels.optim_arguments import (
@@ -48,7 +46,7 @@ from zokernels.optim_state import (
     run_state,
 )
 from zokernels.pending import PendingTerm
-from zokernels.randomness import rewinder
+from zokernels.probes import Evaluation, Probes, Tables
 from zokernels.spsa import Past, Rates, Spsa
 from zokernels.subset import on
 from zokernels.trajectory import Trajectory
@@ -85,15 +83,6 @@ class StepResult:
     skipped: bool
 
 
-def _called(closure: Callable[[], Tensor]) -> Tensor:
-    try:
-        return closure()
-    except RuntimeError as error:
-        if "does not require grad" in str(error):
-            error.add_note("MeZO's closures return the loss and call no backward()")
-        raise
-
-
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """A step that was made on the device and not yet written down here."""
@@ -103,6 +92,15 @@ class _Pending:
     rates: tuple[Rates, ...]
     losses: Fetch
     gradients: Tensor  # float64 [groups, directions] on the device; 0 where the step was skipped
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """What :meth:`MeZO.accumulate` has evaluated for the next step."""
+
+    losses: Tensor  # [G], summed
+    keys: Sequence[int] | Tensor
+    facts: dict[str, Any]  # what the probes depend on
 
 
 class MeZO(torch.optim.Optimizer):
@@ -211,7 +209,8 @@ class MeZO(torch.optim.Optimizer):
     _journal: Trajectory | None
     _pending: list[_Pending]  # oldest first
     _settling: bool
-    _tables: dict[tuple[tuple[tuple[float, ...], ...], torch.device], Tensor]
+    _tables: Tables
+    _gathered: _Gathered | None
 
     def __init__(
         self,
@@ -277,11 +276,17 @@ class MeZO(torch.optim.Optimizer):
         self._window, self._last = (), None
         self._incoming, self._journal = None, None
         self._pending, self._settling, self._tables = [], False, {}
+        self._gathered = None
         super().__init__(groups, defaults)
         self._bind()
         self.journal = journal
 
     # --- what a run looks like --------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module that holds the parameters, if it was given."""
+        return self._model
 
     @property
     def num_steps(self) -> int:
@@ -431,6 +436,7 @@ class MeZO(torch.optim.Optimizer):
     ) -> Tensor:
         """One step.
 
+        ``step()`` makes the update of what :meth:`accumulate` has evaluated. Otherwise
         ``step(batch)`` evaluates ``model(**batch).loss`` (a dict with labels) and
         ``step(batch, loss_fn)`` evaluates ``loss_fn(model, batch)``, all branches in one stacked
         pass. ``step(closure)`` calls a function without arguments once per branch: any code that
@@ -457,13 +463,101 @@ class MeZO(torch.optim.Optimizer):
             and the journal are what they were before. Ctrl-C waits for the end of the step; a
             second one does not.
         """
-        for group in self.param_groups:
-            check_group(group)
-        functions, sequential = self._functions(batch, loss_fn, closure)
-        if self._requires_grad() != self._flags:
-            self._bind()
+        gathered = self._gathered
+        given = batch is not None or loss_fn is not None or closure is not None
+        evaluation = None
+        if gathered is None or given:
+            evaluation = self._evaluation(batch, loss_fn, closure, "step")
+        if gathered is not None:
+            if evaluation is not None:
+                raise ValueError(
+                    "step() takes no batch after accumulate(): it makes the update of what was "
+                    "evaluated; zero_grad() drops that"
+                )
+            self._check_gathered(gathered)
+        self._ready()
         if self.process_group is not None and self._agreed is not self._groups:
             self.check_ranks()
+
+        seeds, rates = self._seeds(self._step), self._rates()
+        if self._stays_on_device():
+            inputs = self._inputs(seeds, rates)
+            keys = inputs.seeds[inputs.seeds.numel() - len(seeds) :]
+            losses = self._probed(gathered, evaluation, keys)
+            gradients = self._update_on_device(losses, inputs, rates)
+            self._note(seeds, rates, losses, gradients)
+        else:
+            self._settle()
+            losses = self._probed(gathered, evaluation, seeds)
+            self._conclude(self._step, seeds, rates, tuple(losses.tolist()), made=False)
+            self._step += 1
+        self._gathered = None
+        return losses.mean()
+
+    @untraced
+    @whole
+    @torch.no_grad()
+    def accumulate(
+        self,
+        batch: Any = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        closure: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Evaluate a micro-batch at the directions of the next step; ``step()`` makes the update.
+
+        For loops that have ``backward()`` and ``step()`` apart::
+
+            for part in parts:
+                opt.accumulate(part, lambda model, batch: model(**batch).loss / len(parts))
+            opt.step()
+
+        Losses add up as gradients do: the update is that of their sum. :meth:`zero_grad` drops
+        what was evaluated, and so does loading a state; a state dict does not hold it.
+
+        Args:
+            batch, loss_fn, closure: as in :meth:`step`.
+
+        Returns:
+            Mean loss of this call over the evaluated branches, float32, 0-d.
+
+        Raises:
+            TypeError, ValueError: a bad argument, hyperparameter or loss, or another ``eps`` or
+                option than in the calls before, for the same step.
+            Whatever the model or the closure raises. After an error nothing was added.
+        """
+        evaluation = self._evaluation(batch, loss_fn, closure, "accumulate")
+        gathered = self._gathered
+        if gathered is not None:
+            self._check_gathered(gathered)
+        self._ready()
+        if gathered is None:
+            seeds: Sequence[int] | Tensor = self._seeds(self._step)
+            if self._stays_on_device():
+                assert self._bound is not None
+                device = self._bound.params[0].device
+                seeds = placed(torch.tensor(seeds, dtype=torch.int64), device)
+            losses = self._losses(evaluation, seeds)
+            self._gathered = _Gathered(losses, seeds, self._probe_facts())
+        else:
+            losses = self._losses(evaluation, gathered.keys)
+            self._gathered = _Gathered(gathered.losses + losses, gathered.keys, gathered.facts)
+        return losses.mean()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what :meth:`accumulate` evaluated, and gradients that something else left."""
+        super().zero_grad(set_to_none)
+        self._gathered = None
+
+    def _evaluation(self, batch: Any, loss_fn: Any, closure: Any, caller: str) -> Evaluation:
+        return Evaluation.of(self._model, batch, loss_fn, closure, self.sequential, caller)
+
+    def _ready(self) -> None:
+        """Check what a step needs, and bind again when other parameters move."""
+        for group in self.param_groups:
+            check_group(group)
+        if self._requires_grad() != self._flags:
+            self._bind()
         self._settle(wait=False)
         journal = self._journal
         # Pending steps are this optimizer's own, and asking the journal would wait for them.
@@ -473,19 +567,34 @@ class MeZO(torch.optim.Optimizer):
                 f"{self._step}: journal.truncate({self._step}) drops those from here on"
             )
 
-        seeds, rates = self._seeds(self._step), self._rates()
-        if self._stays_on_device():
-            inputs = self._inputs(seeds, rates)
-            keys = inputs.seeds[inputs.seeds.numel() - len(seeds) :]
-            losses = self._reduce_losses(self._evaluate(functions, keys, sequential))
-            gradients = self._update_on_device(losses, inputs, rates)
-            self._note(seeds, rates, losses, gradients)
-        else:
-            self._settle()
-            losses = self._reduce_losses(self._evaluate(functions, seeds, sequential))
-            self._conclude(self._step, seeds, rates, tuple(losses.tolist()), made=False)
-            self._step += 1
-        return losses.mean()
+    def _probe_facts(self) -> dict[str, Any]:
+        names = ("seed", "distribution", "estimator", "num_directions")
+        return {
+            "the step": self._step,
+            "eps": [float(group["eps"]) for group in self.param_groups],
+            "requires_grad": self._requires_grad(),
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def _check_gathered(self, gathered: _Gathered) -> None:
+        for name, now in self._probe_facts().items():
+            if now != gathered.facts[name]:
+                raise ValueError(
+                    f"{name} changed from {gathered.facts[name]} to {now} since accumulate(): "
+                    f"zero_grad() drops what it evaluated"
+                )
+
+    def _probed(
+        self,
+        gathered: _Gathered | None,
+        evaluation: Evaluation | None,
+        seeds: Sequence[int] | Tensor,
+    ) -> Tensor:
+        """The losses of a step, equal on all ranks: evaluated before or now."""
+        if gathered is not None:
+            return self._reduce_losses(gathered.losses)
+        assert evaluation is not None
+        return self._reduce_losses(self._losses(evaluation, seeds))
 
     def _conclude(
         self,
@@ -688,146 +797,14 @@ class MeZO(torch.optim.Optimizer):
     def _seeds(self, step: int) -> tuple[int, ...]:
         return tuple(derive_seed(self.seed, step, k) for k in range(self.num_directions))
 
-    def _functions(
-        self, batch: Any, loss_fn: Any, closure: Any
-    ) -> tuple[list[Callable[[], Tensor]], bool | None]:
-        """The losses of the micro-batches as functions, and how to evaluate them."""
-        if closure is None and loss_fn is None and callable(batch):
-            batch, closure = None, batch
-        if closure is not None:
-            if batch is not None or loss_fn is not None:
-                raise TypeError("step takes a closure, or a batch and loss_fn, not both")
-            if not callable(closure):
-                raise TypeError(f"closure must be callable; got {type(closure).__name__}")
-            return [lambda: scalar(_called(closure), "the closure")], True
-        if batch is None:
-            raise TypeError(
-                "step needs a closure that returns the loss, or a batch: opt.step(lambda: "
-                "model(**batch).loss), opt.step(batch) or opt.step(batch, loss_fn). A trainer that "
-                "calls backward() and then step() cannot give it either: take a loop of your own, "
-                "or the command zokernels finetune"
-            )
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
-        if self._model is None:
-            raise TypeError(
-                "step(batch) needs the model: give it to the optimizer, zo.MeZO(model) or "
-                "zo.MeZO(params, model=model), or use a closure"
-            )
-        parts = [batch]
-        if isinstance(batch, list) and not (batch and all(isinstance(b, Tensor) for b in batch)):
-            parts = batch
-            if not parts:
-                raise ValueError("step got an empty list of micro-batches")
-        model = self._model
-        return [loss_of(model, part, loss_fn) for part in parts], self.sequential
-
-    def _evaluate(
-        self,
-        functions: Sequence[Callable[[], Tensor]],
-        seeds: tuple[int, ...] | Tensor,
-        sequential: bool | None,
-    ) -> Tensor:
-        """Losses of all branches, meaned over the functions: float32 ``[G]``.
-
-        Makes the update that is pending.
-        """
-        if isinstance(self._bound, Binding):
-            with self._bound.pending.open():
-                return self._probe(functions, seeds, sequential)
-        return self._probe(functions, seeds, sequential)
-
-    def _probe(
-        self,
-        functions: Sequence[Callable[[], Tensor]],
-        seeds: tuple[int, ...] | Tensor,
-        sequential: bool | None,
-    ) -> Tensor:
-        sizes = {p.name: float(g["eps"]) for p, g in self._members()}
-        common = len(set(sizes.values())) == 1
-        eps = next(iter(sizes.values())) if common else 1.0
-        scale = {} if common else sizes
-        count = len(seeds)
-        rows = self._spsa.probes(count, eps)
-        width = self.max_branches or len(rows)
-        rewind = self._rewinder() if width < len(rows) else None
-        parts = []
-        for start in range(0, len(rows), width):
-            if start and rewind is not None:
-                rewind()  # the same dropout in all of them
-            part = rows[start : start + width]
-            # Only the directions of these branches are drawn.
-            used = [k for k in range(count) if any(row[k] for row in part)] or [0]
-            keys = (
-                torch.stack([seeds[k] for k in used])
-                if isinstance(seeds, Tensor)
-                else [seeds[k] for k in used]
-            )
-            table = [[row[k] for k in used] for row in part]
-            held: list[list[float]] | Tensor = table
-            if isinstance(seeds, Tensor):
-                held = self._kept_table(table, seeds.device)
-            total: Tensor | None = None
-            for function in functions:
-                losses = self._losses(function, keys, held, scale, sequential).float()
-                total = losses if total is None else total + losses
-            assert total is not None
-            parts.append(total / len(functions) if len(functions) > 1 else total)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _rewinder(self) -> Callable[[], None]:
-        bound = self._bound
-        assert bound is not None
-        devices = [p.device for p in bound.params]
-        if not any(map(recording, devices)):
-            return rewinder(devices)
-        if isinstance(bound, Binding) and any(m.training for m in bound.model.modules()):
-            raise RuntimeError(
-                "max_branches splits the branches, and a graph cannot give all parts the same "
-                "dropout: call model.eval() or raise max_branches"
-            )
-        return lambda: None
-
-    def _kept_table(self, rows: list[list[float]], device: torch.device) -> Tensor:
-        """Coefficients of the probes on the device: the same in every step, and in a graph."""
-        key = (tuple(map(tuple, rows)), device)
-        if key not in self._tables:
-            if len(self._tables) >= 64:  # eps has a schedule
-                self._tables.clear()
-            self._tables[key] = deferred.table(rows, torch.float32, device)
-        return self._tables[key]
-
-    def _losses(
-        self,
-        function: Callable[[], Tensor],
-        seeds: list[int] | Tensor,
-        coeffs: list[list[float]] | Tensor,
-        scale: Mapping[str, float],
-        sequential: bool | None,
-    ) -> Tensor:
-        bound = self._bound
-        if isinstance(bound, Binding):
-            view = Branches(
-                bound,
-                seeds,
-                coeffs,
-                distribution=self.distribution,
-                scale=scale,
-                sequential=sequential,
-            )
-            losses: Tensor = view(function)
-            return losses
-        assert bound is not None
-        bound.check()
-        rewind = self._rewinder()
-        keys = seeds if isinstance(seeds, Tensor) else torch.tensor(seeds, dtype=torch.int64)
-        table = torch.as_tensor(coeffs, dtype=torch.float32)
-        outputs = []
-        for row in table:
-            rewind()
-            with displaced_storage(bound.params, keys, row[None], scale, self.distribution):
-                outputs.append(function())
-        return torch.stack(outputs)
+    def _losses(self, evaluation: Evaluation, seeds: Sequence[int] | Tensor) -> Tensor:
+        """Of all branches, float32 ``[G]``, on this rank. Makes the update that is pending."""
+        assert self._bound is not None
+        eps = {p.name: float(group["eps"]) for p, group in self._members()}
+        probes = Probes(
+            self._bound, eps, self._spsa, self.distribution, self.max_branches, self._tables
+        )
+        return probes.losses(evaluation, seeds)
 
     def _reduce_losses(self, losses: Tensor) -> Tensor:
         """The branches' losses (``[G]``), equal on all ranks."""
@@ -978,7 +955,7 @@ class MeZO(torch.optim.Optimizer):
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("_told", False)
         self._flat = 0
-        self._agreed = None
+        self._agreed = self._gathered = None
         self._pending, self._settling, self._tables = [], False, {}
         incoming = dict(self.__dict__.get("_incoming") or {})
         shadow: Mapping[str, Tensor] = incoming.pop("_shadow", {})

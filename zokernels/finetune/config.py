@@ -49,6 +49,9 @@ class Config:
         lora_rank, lora_alpha, lora_targets: of ``trainable="lora"``; no targets: peft's default.
         steps, lr, eps, batch_size, weight_decay, momentum, distribution, num_directions, clip,
             rounding: of :class:`zokernels.MeZO`.
+        accumulate: batches of ``batch_size`` that each rank takes for a step; the mean losses of
+            all batches of all ranks count alike.
+        ranks: processes that run it; the command line takes their number from the environment.
         max_length: tokens per example.
         schedule, warmup: learning rate over the steps; ``warmup`` steps rise linearly.
         dtype, device: of the model.
@@ -87,6 +90,8 @@ class Config:
     lr: float = 1e-6
     eps: float = 1e-3
     batch_size: int = 16
+    accumulate: int = 1
+    ranks: int = 1
     max_length: int = 128
     weight_decay: float = 0.0
     momentum: float = 0.0
@@ -130,6 +135,8 @@ class Config:
         for name in (
             "steps",
             "batch_size",
+            "accumulate",
+            "ranks",
             "num_directions",
             "repeats",
             "eval_batch_size",
@@ -171,6 +178,11 @@ class Config:
         if self.completion_column is not None or self.prompt_column is not None:
             return "completion"
         return "text"
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Examples of a step, over all ranks."""
+        return self.ranks * self.accumulate * self.batch_size
 
     @property
     def seeds(self) -> list[int]:
@@ -267,6 +279,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def _flag(name: str) -> str:
+    if name == "ranks":
+        return "the number of ranks"
     return "--" + {"verbalizers": "verbalizer", "lora_targets": "lora-target"}.get(
         name, name.replace("_", "-")
     )

@@ -9,6 +9,7 @@ seen.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -398,10 +399,16 @@ def order(count: int, batch_size: int, seed: int, step: int) -> list[int]:
     at = step * batch_size
     while len(chosen) < batch_size:
         epoch, offset = divmod(at + len(chosen), count)
-        key = derive_seed(seed, epoch, _ORDER_STREAM) & (1 << 63) - 1
-        permutation = torch.randperm(count, generator=torch.Generator().manual_seed(key))
-        chosen += permutation[offset : offset + batch_size - len(chosen)].tolist()
+        chosen += _permutation(count, seed, epoch)[
+            offset : offset + batch_size - len(chosen)
+        ].tolist()
     return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    key = derive_seed(seed, epoch, _ORDER_STREAM) & (1 << 63) - 1
+    return torch.randperm(count, generator=torch.Generator().manual_seed(key))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zokernels.finetune.config import Config, UserError, _one_line
+from zokernels.finetune.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,24 +40,37 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def device_of(config: Config) -> torch.device:
-    """The device of a run.
+def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
+    """The device of a run; of several ranks on CUDA each has the GPU of its number on its machine.
 
     Raises:
-        UserError: torch does not know the device, or it is not there.
+        UserError: torch does not know the device, or it is not there, or not one for every rank.
     """
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device must be auto, cpu or cuda[:N]; got {config.device!r}") from error
+        raise UserError(f"--device must be auto, cpu or cuda[:N]; got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu or cuda[:N]; got {config.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {config.device}: torch sees {torch.cuda.device_count()} CUDA devices"
-        )
+        raise UserError(f"--device must be auto, cpu or cuda[:N]; got {name!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {config.device}: torch sees {count} CUDA devices")
+    if device.type == "cuda" and ranks.count > 1:
+        if device.index is not None:
+            raise UserError(
+                f"--device {name} is one GPU for {ranks.count} ranks: with auto or cuda each takes "
+                f"one of its own"
+            )
+        if ranks.local_count > count:
+            raise UserError(
+                f"{ranks.local_count} ranks were started on a machine where torch sees {count} "
+                f"CUDA devices, and each needs one of its own: torchrun --nproc-per-node {count}, "
+                f"or --device cpu"
+            )
+        return torch.device("cuda", ranks.local)
     return device
 
 
@@ -77,10 +91,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: Config, seed: int) -> nn.Module:
+def load_model(config: Config, seed: int, device: torch.device | None = None) -> nn.Module:
     """The model in evaluation mode, with ``requires_grad`` on the parameters that move.
 
-    New adapter weights (LoRA) are drawn from ``seed``.
+    New adapter weights (LoRA) are drawn from ``seed``. ``device`` is the configuration's unless it
+    is given.
 
     Raises:
         UserError: it cannot be loaded, is no causal language model, or nothing is selected.
@@ -101,7 +116,7 @@ def load_model(config: Config, seed: int) -> nn.Module:
         raise UserError(
             f"--max-length must be at most the model's {limit}; got {config.max_length}"
         )
-    model.to(device_of(config))
+    model.to(device or device_of(config))
     model.requires_grad_(False)
     if config.trainable == "lora":
         model = add_lora(model, config, seed)

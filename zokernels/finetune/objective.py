@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zokernels.finetune.data import Batch, Example, Prepared, collate
 from zokernels.finetune.models import takes
+from zokernels.finetune.ranks import ALONE, Ranks
 from zokernels.losses import causal_lm_loss
 
 # Logits of an evaluation batch held at once: 256 MiB in float32.
@@ -174,37 +175,41 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], object] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Score:
-    """Loss and accuracy of the weights as they are, on ``examples``.
+    """Loss and accuracy of the weights as they are, on ``examples``: the same on every rank.
 
     ``text`` and ``completion``: mean cross entropy per token, its error from the spread of the
     examples' token-weighted losses (a ratio estimate). ``classify``: cross entropy among the label
-    words and the share of examples whose right label scores highest.
+    words and the share of examples whose right label scores highest. Ranks take the batches in
+    turn.
     """
     ordered = sorted(examples, key=lambda e: len(e.tokens))
     if prepared.task != "classify":
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1 << 16)
         per_example = len(ordered[-1].tokens) * vocabulary
         batch_size = max(1, min(batch_size, _MOST_LOGITS // per_example))
-    sums: list[Tensor] = []
-    weights: list[Tensor] = []
-    right = 0
+    mine: dict[int, tuple[Tensor, Tensor, int]] = {}  # start -> losses, weights, right ones
     with torch.inference_mode():
-        for at in range(0, len(ordered), batch_size):
+        for number, at in enumerate(range(0, len(ordered), batch_size)):
             part = ordered[at : at + batch_size]
+            progress(len(part))
+            if number % ranks.count != ranks.rank:
+                continue
             batch = collate(prepared, part, device)
             if batch.targets is None:
                 losses, weight = objective.token_losses(model, batch)
-                sums.append(losses.sum(1).double().cpu())
-                weights.append(weight.sum(1).double().cpu())
+                mine[at] = losses.sum(1).double().cpu(), weight.sum(1).double().cpu(), 0
             else:
                 scores = objective.scores(model, batch)
                 losses = F.cross_entropy(scores, batch.targets, reduction="none")
-                sums.append(losses.double().cpu())
-                weights.append(torch.ones(len(part), dtype=torch.float64))
-                right += int((scores.argmax(1) == batch.targets).sum())
-            progress(len(part))
-    total, weight = torch.cat(sums), torch.cat(weights)
+                ones = torch.ones(len(part), dtype=torch.float64)
+                hits = int((scores.argmax(1) == batch.targets).sum())
+                mine[at] = losses.double().cpu(), ones, hits
+    found = {at: score for theirs in ranks.gather(mine) for at, score in theirs.items()}
+    parts = [found[at] for at in sorted(found)]
+    total = torch.cat([losses for losses, _, _ in parts])
+    weight = torch.cat([weights for _, weights, _ in parts])
     count = len(ordered)
     mean = (total.sum() / weight.sum()).item()
     residual = total - mean * weight
@@ -212,5 +217,5 @@ def evaluate(
     error = spread / (weight.mean().item() * math.sqrt(count))
     if prepared.task != "classify":
         return Score(mean, error, None, None, count)
-    accuracy = right / count
+    accuracy = sum(right for _, _, right in parts) / count
     return Score(mean, error, accuracy, math.sqrt(accuracy * (1 - accuracy) / count), count)

@@ -9,8 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from zokernels.finetune.config import Config
+from zokernels.finetune.folder import PICTURE
 from zokernels.finetune.objective import Score
-from zokernels.finetune.train import PICTURE, Summary
+from zokernels.finetune.train import Summary
 
 
 def picture(summary: Summary, path: Path) -> None:
@@ -72,7 +74,7 @@ def show(summary: Summary, console: Console) -> None:
     say(
         console,
         f"{summary.trainable_parameters:,} of {summary.parameters:,} parameters moved "
-        f"({config.trainable}), {config.steps} steps, batch {config.batch_size}, "
+        f"({config.trainable}), {config.steps} steps, batch {_batch(config)}, "
         f"{config.num_directions} {config.distribution} direction"
         f"{'s' if config.num_directions > 1 else ''} a step, lr {config.lr:g} ({config.schedule}), "
         f"eps {config.eps:g}",
@@ -114,6 +116,14 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def _batch(config: Config) -> str:
+    """The examples of a step, and what they are made of: ``16 (2 ranks x 8)``."""
+    parts = [f"{config.ranks} ranks"] if config.ranks > 1 else []
+    parts += [f"{config.accumulate} micro-batches"] if config.accumulate > 1 else []
+    made = " x ".join([*parts, str(config.batch_size)])
+    return f"{config.effective_batch_size} ({made})" if parts else made
+
+
 def _cells(before: Score, after: Score) -> list[str]:
     cells = [_plus_minus(before.loss, before.loss_se), _plus_minus(after.loss, after.loss_se)]
     if before.accuracy is not None:
@@ -145,9 +155,10 @@ def _verdict(summary: Summary) -> str:
 
 def _costs(summary: Summary) -> list[str]:
     run = summary.runs[-1]
+    whose = " of rank 0" if summary.config.ranks > 1 else ""
     lines = [
         (
-            f"time per step {1e3 * run.seconds_per_step:.0f} ms; memory "
+            f"time per step {1e3 * run.seconds_per_step:.0f} ms; memory{whose} "
             f"{_mib(run.memory_before)} before the first step, peak {_mib(run.memory_peak)} during "
             f"steps (+{_mib(max(run.memory_peak - run.memory_before, 0))})"
         )

@@ -1,9 +1,9 @@
 """A fine-tuning run from a configuration: train, measure, keep what is needed to go on.
 
-The folder of a run holds ``config.json``, ``summary.json``, ``loss.png`` and for each seed
-``metrics.jsonl``, ``trajectory.zo`` (the journal: the fine-tuned model as seeds and numbers),
-``checkpoint.json`` and ``result.json``. A resumed run loads the base model, replays the journal up
-to the checkpoint and goes on, bit for bit as if it had never stopped.
+What it leaves is in :mod:`zokernels.finetune.folder`. A resumed run loads the base model, replays
+the journal up to the checkpoint and goes on, bit for bit as if it had never stopped. Several ranks
+(:mod:`zokernels.finetune.ranks`) share out each step's micro-batches and each evaluation's batches,
+and compute what one process computes with ``accumulate`` as many.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
-import os
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -37,27 +35,33 @@ from rich.progress import (
 from torch import nn
 
 from zokernels.branches import dual_loss
+from zokernels.distributed import RankMismatchError
 from zokernels.finetune import data as data_
 from zokernels.finetune import models
-from zokernels.finetune.config import Config, UserError, build, lr_factor
-from zokernels.finetune.data import Prepared
+from zokernels.finetune.config import Config, UserError, lr_factor
+from zokernels.finetune.data import Batch, Example, Prepared
+from zokernels.finetune.folder import (
+    BEFORE,
+    CHECKPOINT,
+    CONFIG,
+    JOURNAL,
+    METRICS,
+    RESULT,
+    SUMMARY,
+    WEIGHTS,
+    Folder,
+)
 from zokernels.finetune.memory import Peak
 from zokernels.finetune.objective import Objective, Score, evaluate
 from zokernels.finetune.peer import Comparison, compare, drift
+from zokernels.finetune.ranks import ALONE, Ranks
 from zokernels.groups import param_groups
 from zokernels.interrupts import whole
 from zokernels.optim import MeZO
 from zokernels.trajectory import Trajectory
-from zokernels.trajectory_format import TrajectoryError
 
-CONFIG, SUMMARY, PICTURE = "config.json", "summary.json", "loss.png"
-METRICS, JOURNAL, CHECKPOINT, RESULT = (
-    "metrics.jsonl",
-    "trajectory.zo",
-    "checkpoint.json",
-    "result.json",
-)
-ADAPTER, WEIGHTS = "adapter_start.safetensors", "weights"
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -70,7 +74,8 @@ class Run:
         curve: training loss of each step.
         evaluations: (steps done, score) in between.
         seconds_per_step: median, the first step left out.
-        memory_before, memory_peak: bytes before the first step, and the peak during steps.
+        memory_before, memory_peak: bytes before the first step, and the peak during steps; of the
+            first rank.
         skipped: steps without an update because a loss was not finite.
         weights_sha256: of the fine-tuned parameters.
     """
@@ -127,6 +132,8 @@ class Summary:
         return {
             "config": self.config.to_dict(),
             "environment": environment(),
+            "ranks": self.config.ranks,
+            "effective_batch_size": self.config.effective_batch_size,
             "before": dataclasses.asdict(self.before),
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "improvement": {
@@ -166,15 +173,24 @@ def environment() -> dict[str, Any]:
     }
 
 
-def finetune(config: Config, console: Console) -> Summary:
+def finetune(config: Config, console: Console, ranks: Ranks = ALONE) -> Summary:
     """Run a configuration and write its folder.
+
+    Args:
+        config: of the run.
+        console: for what it says as it goes.
+        ranks: the processes that run it, every one of which calls this function. The group of
+            several is left when the training is done; the first rank goes on alone.
 
     Raises:
         UserError: something in the configuration or the folder that the user can put right.
     """
+    if config.ranks != ranks.count:
+        raise UserError(f"ranks must be the number of processes, {ranks.count}; got {config.ranks}")
     start = time.perf_counter()
-    folder = Path(config.output)
-    _open_folder(config, folder)
+    device = models.device_of(config, ranks)
+    folder = Folder(Path(config.output), ranks)
+    folder.open(config)
     tokenizer = models.load_tokenizer(config.model)
     prepared = data_.prepare(config, tokenizer)
     console.print(
@@ -184,33 +200,36 @@ def finetune(config: Config, console: Console) -> Summary:
     )
     for note in prepared.notes:
         console.print(note, highlight=False)
-    _write(folder / CONFIG, config.to_dict())
 
     runs: list[Run] = []
     with _progress(console) as progress, _warnings_to(console):
-        model = models.load_model(config, config.seed)
-        _keep_adapter(model, folder, config)
+        model = models.load_model(config, config.seed, device)
+        # Only now: a run that cannot begin leaves none. Read again, it is a run and no resumption.
+        folder.write(CONFIG, {**config.to_dict(), "resume": False})
+        if config.trainable == "lora":
+            folder.adapter(model)
         moving = [p for p in model.parameters() if p.requires_grad]
         # Later seeds start from the same weights.
         start_weights = [p.detach().clone() for p in moving] if config.repeats > 1 else []
-        before = _before(_Trainer(config, prepared, model, config.seed, folder, progress), folder)
+        shared = _Shared(config, prepared, model, device, progress, ranks, ranks.group(device))
+        before = _before(_Trainer(shared, config.seed, folder), folder)
         for seed in config.seeds:
             if runs:
                 with torch.no_grad():
                     for parameter, saved in zip(moving, start_weights, strict=True):
                         parameter.copy_(saved)
-            place = folder / f"seed-{seed}"
-            place.mkdir(exist_ok=True)
-            runs.append(_Trainer(config, prepared, model, seed, place, progress).run())
+            place = folder.part(f"seed-{seed}")
+            runs.append(_Trainer(shared, seed, place).run())
             progress.console.print(_finished(before, runs[-1]), highlight=False, soft_wrap=True)
-            if config.save_weights:
-                model.save_pretrained(place / WEIGHTS)  # type: ignore[operator]
-                tokenizer.save_pretrained(place / WEIGHTS)
+            if config.save_weights and ranks.first:
+                model.save_pretrained(place.path / WEIGHTS)  # type: ignore[operator]
+                tokenizer.save_pretrained(place.path / WEIGHTS)
         del start_weights
+        ranks.leave()
         comparisons: list[Comparison] = []
         mezo_drift = None
-        if config.compare_mezo:
-            comparisons = _compare(config, prepared, model, progress)
+        if config.compare_mezo and ranks.first:
+            comparisons = _compare(shared)
             mezo_drift = drift(model, eps=config.eps)
     summary = Summary(
         config,
@@ -224,28 +243,37 @@ def finetune(config: Config, console: Console) -> Summary:
         mezo_drift,
         prepared.notes,
     )
-    _write(folder / SUMMARY, summary.to_dict())
+    folder.write(SUMMARY, summary.to_dict())
     return summary
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the seeds of a run have in common."""
+
+    config: Config
+    prepared: Prepared
+    model: nn.Module
+    device: torch.device
+    progress: Progress
+    ranks: Ranks
+    group: ProcessGroup | None
 
 
 class _Trainer:
     """One seed's training and what it leaves on disk."""
 
-    def __init__(
-        self,
-        config: Config,
-        prepared: Prepared,
-        model: nn.Module,
-        seed: int,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        self.config, self.prepared, self.model, self.seed = config, prepared, model, seed
-        self.folder, self.progress = folder, progress
-        self.device = models.device_of(config)
-        self.data_sha256 = prepared.sha256()
-        self.objective = Objective(model, config.objective)
-        self.objective.settle(model, data_.collate(prepared, prepared.train[:2], self.device))
+    def __init__(self, shared: _Shared, seed: int, folder: Folder) -> None:
+        self.config, self.prepared, self.model = shared.config, shared.prepared, shared.model
+        self.device, self.progress = shared.device, shared.progress
+        self.ranks, self.group = shared.ranks, shared.group
+        self.seed, self.folder = seed, folder
+        self.data_sha256 = self.prepared.sha256()
+        self.objective = Objective(self.model, self.config.objective)
+        self.objective.settle(self.model, self._batch(self.prepared.train[:2]))
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        return data_.collate(self.prepared, examples, self.device)
 
     def score(self, label: str) -> Score:
         task = self.progress.add_task(label, total=len(self.prepared.held_out), note="")
@@ -258,29 +286,32 @@ class _Trainer:
                 batch_size=self.config.eval_batch_size,
                 device=self.device,
                 progress=lambda n: self.progress.advance(task, n),
+                ranks=self.ranks,
             )
         finally:
             self.progress.remove_task(task)
 
     def run(self) -> Run:
-        config, result = self.config, self.folder / RESULT
-        journal = _open_journal(self.folder / JOURNAL, config, self.seed)
-        if result.is_file():  # finished before: only its weights are wanted
+        config = self.config
+        done = self.folder.read(RESULT)
+        journal = self.folder.journal(config, self.seed)
+        if done is not None:  # finished before: only its weights are wanted
             with journal:
                 journal.replay_(self.model)
-            return _run_from(json.loads(result.read_text()))
+            return _run_from(done)
         with journal:
-            optimizer = make_optimizer(config, self.model, self.seed)
-            lines, history = self._continue(optimizer, journal)
-            optimizer.journal = journal
+            optimizer = make_optimizer(config, self.model, self.seed, self.group)
+            history = self._continue(optimizer, journal)
+            if self.ranks.first:
+                optimizer.journal = journal
             label = f"seed {self.seed}"
             task = self.progress.add_task(
                 label, total=config.steps, completed=optimizer.num_steps, note=""
             )
             try:
+                self._agree(optimizer)
                 self._check(optimizer)
-                with lines.open("a", encoding="utf-8") as metrics:
-                    self._steps(optimizer, metrics, history, task)
+                self._steps(optimizer, history, task)
             finally:
                 self.progress.remove_task(task)
                 self._checkpoint(optimizer, history)
@@ -297,7 +328,7 @@ class _Trainer:
             optimizer.skipped,
             weights_sha256(self.model),
         )
-        _write(result, dataclasses.asdict(run))
+        self.folder.write(RESULT, dataclasses.asdict(run))
         return run
 
     def _check(self, optimizer: MeZO) -> None:
@@ -305,14 +336,29 @@ class _Trainer:
         if optimizer.num_steps < self.config.steps:
             dual_loss(
                 self.model,
-                data_.collate(self.prepared, self.prepared.train[:2], self.device),
+                self._batch(self.prepared.train[:2]),
                 seed=0,
                 eps=self.config.eps,
                 loss_fn=self.objective,
                 distribution=self.config.distribution,
             )
 
-    def _steps(self, optimizer: MeZO, metrics: Any, history: _History, task: TaskID) -> None:
+    def _agree(self, optimizer: MeZO) -> None:
+        """Find ranks that would train on other data or weights, before anything moves.
+
+        Raises:
+            UserError: on every rank.
+        """
+        seen = self.ranks.gather((self.data_sha256, len(self.prepared.held_out)))
+        for rank, other in enumerate(seen):
+            if other != seen[0]:
+                raise UserError(f"--data: the examples of rank {rank} are not those of rank 0")
+        try:
+            optimizer.check_ranks()
+        except RankMismatchError as error:
+            raise UserError(str(error)) from error
+
+    def _steps(self, optimizer: MeZO, history: _History, task: TaskID) -> None:
         config = self.config
         while (done := optimizer.num_steps) < config.steps:
             stop = config.steps
@@ -322,39 +368,49 @@ class _Trainer:
                 if done and done % config.eval_every == 0 and done not in scored:
                     score = self.score(f"seed {self.seed}: held-out")
                     history.evaluations.append((done, score))
-                    _line(metrics, {"step": done - 1, **_held_out(score)})
+                    self.folder.append(METRICS, {"step": done - 1, **_held_out(score)})
                     self._checkpoint(optimizer, history)
             with Peak(self.device) as peak:
                 while optimizer.num_steps < stop:
-                    self._one(optimizer, metrics, history, task)
+                    self._one(optimizer, history, task)
                     if optimizer.num_steps % config.checkpoint_every == 0:
                         self._checkpoint(optimizer, history)
             history.before = history.before or peak.before
             history.peak = max(history.peak, peak.peak)
 
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This rank's share of a step: the ranks' shares follow one another in the order."""
+        config, train = self.config, self.prepared.train
+        size, count = config.batch_size, config.accumulate
+        order = data_.order(len(train), config.effective_batch_size, self.seed, step)
+        first = self.ranks.rank * count
+        return [
+            self._batch([train[i] for i in order[at * size : (at + 1) * size]])
+            for at in range(first, first + count)
+        ]
+
     @whole
-    def _one(self, optimizer: MeZO, metrics: Any, history: _History, task: TaskID) -> None:
+    def _one(self, optimizer: MeZO, history: _History, task: TaskID) -> None:
         config, step = self.config, optimizer.num_steps
         lr = config.lr * lr_factor(config.schedule, step, config.steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()
-        indices = data_.order(len(self.prepared.train), config.batch_size, self.seed, step)
-        examples = [self.prepared.train[i] for i in indices]
-        batch = data_.collate(self.prepared, examples, self.device)
-        loss = float(optimizer.step(batch, self.objective))
+        loss = float(optimizer.step(self._micro_batches(step), self.objective))
         seconds = time.perf_counter() - start
         gradients = [g for row in optimizer.projected_gradients[:1] for g in row]
         history.curve.append(loss)
         history.times.append(seconds)
-        _line(
-            metrics,
+        self.folder.append(
+            METRICS,
             {
                 "step": step,
                 "loss": loss,
                 "lr": lr,
                 "projected_gradients": gradients,
                 "seconds": round(seconds, 4),
+                "ranks": config.ranks,
+                "examples": config.effective_batch_size,
             },
         )
         recent = statistics.mean(history.curve[-20:])
@@ -372,21 +428,19 @@ class _Trainer:
     # --- going on ---------------------------------------------------------------------------------
 
     def _checkpoint(self, optimizer: MeZO, history: _History) -> None:
-        if len(history.curve) != optimizer.num_steps:
+        if not self.ranks.first or len(history.curve) != optimizer.num_steps:
             return  # interrupted between a step and its entry: the checkpoint before stays
         state = {
             "optimizer": optimizer.state_dict(),
             "history": dataclasses.asdict(history),
             "data_sha256": self.data_sha256,
         }
-        _write(self.folder / CHECKPOINT, state)
+        self.folder.write(CHECKPOINT, state)
 
-    def _continue(self, optimizer: MeZO, journal: Trajectory) -> tuple[Path, _History]:
+    def _continue(self, optimizer: MeZO, journal: Trajectory) -> _History:
         """Weights, optimizer, metrics and history as they were at the checkpoint."""
-        path, lines = self.folder / CHECKPOINT, self.folder / METRICS
-        history = _History()
-        if path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
+        saved, history = self.folder.read(CHECKPOINT), _History()
+        if saved is not None:
             if saved["data_sha256"] != self.data_sha256:
                 raise UserError(
                     "--resume: the training examples are not those the run began with (the data "
@@ -396,20 +450,14 @@ class _Trainer:
             history = _History.of(saved["history"])
         if journal.next_step < optimizer.num_steps:
             raise UserError(
-                f"--resume: {self.folder / JOURNAL} ends at step {journal.next_step}, before the "
-                f"checkpoint's {optimizer.num_steps}: start again in another --output"
+                f"--resume: {self.folder.path / JOURNAL} ends at step {journal.next_step}, before "
+                f"the checkpoint's {optimizer.num_steps}: start again in another --output"
             )
         journal.truncate(optimizer.num_steps)
         if len(journal):
             journal.replay_(self.model)
-        kept = []
-        if lines.is_file():
-            for line in lines.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    if json.loads(line)["step"] < optimizer.num_steps:
-                        kept.append(line + "\n")
-        _replace(lines, "".join(kept))
-        return lines, history
+        self.folder.keep(METRICS, optimizer.num_steps)
+        return history
 
 
 @dataclass
@@ -428,7 +476,9 @@ class _History:
         return cls(**saved, evaluations=evaluations)
 
 
-def make_optimizer(config: Config, model: nn.Module, seed: int) -> MeZO:
+def make_optimizer(
+    config: Config, model: nn.Module, seed: int, group: ProcessGroup | None = None
+) -> MeZO:
     """The optimizer of a configuration."""
     groups: Any = model
     if config.weight_decay:
@@ -444,6 +494,7 @@ def make_optimizer(config: Config, model: nn.Module, seed: int) -> MeZO:
         rounding=config.rounding or "stochastic",
         seed=seed,
         model=model,
+        process_group=group,
     )
 
 
@@ -453,27 +504,26 @@ def weights_sha256(model: nn.Module) -> str:
     for name, p in sorted(model.named_parameters()):
         if p.requires_grad:
             digest.update(name.encode())
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _before(trainer: _Trainer, folder: Path) -> Score:
+def _before(trainer: _Trainer, folder: Folder) -> Score:
     """The score of the base model; adapters start at zero, so it is the same for every seed."""
-    path = folder / "before.json"
-    if path.is_file():
-        return Score(**json.loads(path.read_text()))
+    known = folder.read(BEFORE)
+    if known is not None:
+        return Score(**known)
     score = trainer.score("held-out, before")
-    _write(path, dataclasses.asdict(score))
+    folder.write(BEFORE, dataclasses.asdict(score))
     return score
 
 
-def _compare(
-    config: Config, prepared: Prepared, model: nn.Module, progress: Progress
-) -> list[Comparison]:
+def _compare(shared: _Shared) -> list[Comparison]:
     """A step beside MeZO's loop, for what moves and for all parameters; moves the weights."""
-    device = models.device_of(config)
+    config, prepared, model = shared.config, shared.prepared, shared.model
+    progress = shared.progress
     indices = data_.order(len(prepared.train), config.batch_size, config.seed, 0)
-    batch = data_.collate(prepared, [prepared.train[i] for i in indices], device)
+    batch = data_.collate(prepared, [prepared.train[i] for i in indices], shared.device)
     task = progress.add_task("MeZO's loop beside ours", total=None, note="")
 
     def rows(what: str, directions: int) -> list[Comparison]:
@@ -513,74 +563,6 @@ def _compare(
         progress.remove_task(task)
 
 
-def resumed_options(output: str) -> dict[str, Any]:
-    """The options of the run in a folder, for ``--resume`` without repeating them.
-
-    Raises:
-        UserError: there is no run, or its configuration cannot be read.
-    """
-    path = Path(output) / CONFIG
-    if not path.is_file():
-        raise UserError(f"--resume: {output} holds no run to go on with")
-    try:
-        options: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--resume: {path} is damaged: {error}") from error
-    return options
-
-
-def _open_folder(config: Config, folder: Path) -> None:
-    existing = (folder / CONFIG).is_file()
-    if config.resume:
-        changed = build(resumed_options(config.output)).difference(config)
-        if changed:
-            raise UserError(f"--resume: {changed}; a resumed run must have the same options")
-    elif existing:
-        raise UserError(
-            f"--output {folder} already holds a run: add --resume to go on with it, or name "
-            f"another folder"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be created: {error}") from error
-
-
-def _open_journal(path: Path, config: Config, seed: int) -> Trajectory:
-    metadata = {
-        "base_model": config.model,
-        "trainable": config.trainable,
-        "adapter_start": f"../{ADAPTER}" if config.trainable == "lora" else None,
-        "seed": seed,
-    }
-    try:
-        with warnings.catch_warnings():
-            # A record cut short by a kill lies after the checkpoint, and its step is made again.
-            warnings.simplefilter("ignore")
-            return Trajectory.open(path, metadata=metadata, recover=True)
-    except (TrajectoryError, OSError) as error:
-        raise UserError(f"--resume: {error}") from error
-
-
-def _keep_adapter(model: nn.Module, folder: Path, config: Config) -> None:
-    """Keep new adapter weights, which the trajectory starts from; load them when they are kept."""
-    if config.trainable != "lora":
-        return
-    from safetensors.torch import load_file, save_file
-
-    moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    path = folder / ADAPTER
-    if path.is_file():
-        saved = load_file(path)
-        with torch.no_grad():
-            for name, parameter in moving.items():
-                parameter.copy_(saved[name])
-    else:
-        partial = path.with_suffix(".part")
-        save_file({n: p.detach().cpu().contiguous() for n, p in moving.items()}, partial)
-        partial.replace(path)
-
-
 def _held_out(score: Score) -> dict[str, Any]:
     return {f"held_out_{name}": value for name, value in dataclasses.asdict(score).items()}
 
@@ -589,25 +571,6 @@ def _run_from(saved: dict[str, Any]) -> Run:
     saved["after"] = Score(**saved["after"])
     saved["evaluations"] = [(step, Score(**score)) for step, score in saved["evaluations"]]
     return Run(**saved)
-
-
-def _line(file: Any, values: dict[str, Any]) -> None:
-    file.write(json.dumps(values) + "\n")
-    file.flush()
-
-
-def _write(path: Path, value: Any) -> None:
-    _replace(path, json.dumps(value, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _progress(console: Console) -> Progress:
