@@ -7,6 +7,9 @@ that is a process of its own with a :class:`Replica`.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from fedzo import checkpoint as files
+from fedzo.checkpoint import CheckpointError
 from fedzo.messages import Dense, Merged, Order, Report
 from fedzo.methods.base import Method, Setting, Site
 from fedzo.sampling import Examples
@@ -172,13 +177,14 @@ class Replica:
 
     Args:
         method: prepared on the client's model, which holds the first weights of the run.
+        run: of the run, for files of :meth:`save`.
     """
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, method: Method, run: bytes = b"") -> None:
+        self.method, self.run = method, run
         self._first = method.space.snapshot()
-        # Digests of the updates the weights have: the k-th is of the first k. None: not known.
-        self._made: list[bytes] | None = []
+        # How many updates the weights have, and their digest. None: not known.
+        self._made: tuple[int, bytes] | None = (0, _chain(run, ())[0])
 
     def learn(
         self, memory: Memory, order: Order, known: int, updates: Sequence[bytes]
@@ -239,22 +245,57 @@ class Replica:
             else:
                 load_first_(self.method, self._first)
             return
-        chain, made = _chain(memory.updates), self._made
-        if made is None or made != chain[: len(made)]:
+        chain = _chain(self.run, memory.updates)
+        done, digest = self._made or (0, b"")
+        if done >= len(chain) or chain[done] != digest:
             load_first_(self.method, self._first)
-            made = []
+            done = 0
         self._made = None
         base = self._first if self.method.from_base else None
-        for update in memory.updates[len(made) :]:
+        for update in memory.updates[done:]:
             apply_merged_(self.method, update, base)
-        self._made = chain
+        self._made = len(memory.updates), chain[-1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights that move, so that a new process need not replay; see :meth:`load`.
+
+        Nothing is written where there is nothing to replay.
+
+        Raises:
+            OSError: the file cannot be written; an existing one is then untouched.
+        """
+        if self._made is None or not self._made[0] or self.method.payload == "tensors":
+            return
+        count, digest = self._made
+        state = {"updates": count, "digest": digest.hex()}
+        files.save(path, values=self.method.space.values(), state=state, messages={})
+
+    def load(self, path: str | os.PathLike[str]) -> bool:
+        """Go on from a file of :meth:`save`, where it is whole and this replica has made nothing.
+
+        A file of other updates or another run does no harm: :meth:`follow_` starts anew.
+
+        Returns:
+            Whether the weights are the file's.
+        """
+        if self._made is None or self._made[0] or not os.path.exists(path):
+            return False
+        try:
+            values, state, _ = files.load(path)
+            made = int(state["updates"]), bytes.fromhex(state["digest"])
+            self.method.space.load_(values)
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(f"the weights in {path} are of no use: {error}", stacklevel=2)
+            return False
+        self._made = made
+        return True
 
 
-def _chain(updates: Sequence[bytes]) -> list[bytes]:
-    digest, chain = b"", []
+def _chain(run: bytes, updates: Sequence[bytes]) -> list[bytes]:
+    """The digest of a run and the first k of its updates, for every k from 0."""
+    chain = [hashlib.sha256(run).digest()]
     for update in updates:
-        digest = hashlib.sha256(digest + update).digest()
-        chain.append(digest)
+        chain.append(hashlib.sha256(chain[-1] + update).digest())
     return chain
 
 
@@ -287,7 +328,7 @@ class Host:
         method.prepare(Setting(model, task, (), {}, seed, tuple(calibration), server=False))
         self.task, self.method, self.batch_size = task, method, batch_size
         self.common = describe(method, model, batch_size)
-        self.replica = Replica(method)
+        self.replica = Replica(method, json.dumps(self.common, sort_keys=True).encode())
 
     def answer(
         self,

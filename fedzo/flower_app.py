@@ -4,7 +4,8 @@
 The run's configuration travels in Flower's run configuration. What belongs to a machine is in the
 SuperNode's ``--node-config``: ``client`` (its number), and, where they differ from the run's,
 ``data``, ``model`` and ``device``. A node that names ``data`` learns from all of it; the others
-share out the run's data by its split.
+share out the run's data by its split. A node that names a file as its ``cache`` keeps the weights
+there between messages, and replays new updates only.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def client_app(config: RunConfig | None = None) -> ClientApp:
         host, shards = _load(mine.model_dump_json(), own)
         if not own and client >= len(shards):
             raise ValueError(f"client must be below {len(shards)}; got {client}")
-        return flower.Seat(host, client, shards[0] if own else shards[client])
+        cache = str(node["cache"]) if "cache" in node else None
+        return flower.Seat(host, client, shards[0] if own else shards[client], cache)
 
     return flower.client_app(join)
 

@@ -42,11 +42,13 @@ class Seat:
         host: the process's model, method and task.
         client: the client's number.
         shard: its examples.
+        cache: file for the weights between processes; None: every new process replays all updates.
     """
 
     host: Host
     client: int
     shard: Sequence[int]
+    cache: str | None = None
 
 
 def client_app(join: Callable[[Context], Seat]) -> ClientApp:
@@ -74,7 +76,11 @@ def client_app(join: Callable[[Context], Seat]) -> ClientApp:
         seat = join(context)
         request, updates = read_request(seat.client, message.content)
         memory = read_memory(context.state)
+        if seat.cache is not None:
+            seat.host.replica.load(seat.cache)
         reply, memory = seat.host.answer(request, updates, seat.shard, memory)
+        if seat.cache is not None:
+            seat.host.replica.save(seat.cache)
         context.state[RECORD] = ConfigRecord({"round": memory.round, "updates": memory.updates})
         return Message(write_reply(reply), reply_to=message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import fed_zoo as zoo
@@ -33,13 +34,14 @@ def host(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Host:
     )
 
 
-def app(hosts: Callable[[], Host], clients: int = 4) -> ClientApp:
+def app(hosts: Callable[[], Host], clients: int = 4, caches: Path | None = None) -> ClientApp:
     """Clients that are called by node-config ``client``."""
     shards = zoo.shards(clients, zoo.ToyTask())
 
     def join(context: Context) -> Seat:
         client = int(context.node_config["client"])
-        return Seat(hosts(), client, shards[client])
+        cache = None if caches is None else str(caches / f"{client}.safetensors")
+        return Seat(hosts(), client, shards[client], cache)
 
     return client_app(join)
 

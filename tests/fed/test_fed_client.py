@@ -9,16 +9,17 @@ import fed_zoo as zoo
 import pytest
 import torch
 
+from fedzo import client
 from fedzo.client import BehindError, Host, Memory, Replica, apply_dense_
 from fedzo.messages import Block, Dense, EncodingError, Merged, Order, Report
 from fedzo.methods import Meerkat
 from fedzo.transports import Request
 
 
-def host(name: str) -> Host:
+def host(name: str, dtype: torch.dtype = torch.float32) -> Host:
     task = zoo.ToyTask()
     return Host(
-        zoo.build(),
+        zoo.build(dtype),
         task,
         zoo.method(name),
         batch_size=2,
@@ -208,3 +209,64 @@ def test_a_client_computes_no_gradient_of_the_pretraining_text(monkeypatch):
     assert not calls and isinstance(one.method, Meerkat)
     fed = zoo.federation("meerkat_vp")
     assert calls == [1] and fed.method.fingerprint == one.method.fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["full_fedzo", "meerkat", "fedkseed", "fedspzo"])
+def test_weights_in_a_file_spare_the_replay(name, dtype, tmp_path, monkeypatch):
+    """A new process makes the updates after the file's, and comes to the same bits."""
+    made: list[bytes] = []
+    make = client.apply_merged_
+
+    def counted(method: Any, update: bytes, base: Any = None) -> None:
+        made.append(update)
+        make(method, update, base)
+
+    fed, file = zoo.federation(name, model=zoo.build(dtype)), tmp_path / "weights"
+    monkeypatch.setattr(client, "apply_merged_", counted)
+    for record in fed.run(4):
+        made.clear()
+        replica = host(name, dtype).replica
+        assert replica.load(file) == (record.round > 1)
+        replica.follow_(Memory(record.round, fed.updates(0)))
+        assert not zoo.differing(values(replica), fed.space.values())
+        assert made == fed.updates(0)[-1:]
+        replica.save(file)
+
+
+def test_a_file_of_something_else_does_no_harm(tmp_path):
+    """Another run's, other updates', a later round's, a damaged one, none."""
+    fed, file = after("full_fedzo", 3), tmp_path / "weights"
+    updates = fed.updates(0)
+    memory = Memory(3, updates)
+
+    def followed(known: Memory, loaded: bool) -> dict[str, torch.Tensor]:
+        replica = host("full_fedzo").replica
+        assert replica.load(file) == loaded
+        replica.follow_(known)
+        return values(replica)
+
+    one = host("full_fedzo").replica
+    one.save(file)  # nothing to replay yet
+    assert not file.exists() and not zoo.differing(followed(memory, False), fed.space.values())
+    one.follow_(memory)
+    one.save(file)
+    early = host("full_fedzo").replica
+    early.follow_(Memory(1, updates[:1]))
+    assert not zoo.differing(followed(Memory(1, updates[:1]), True), values(early))
+    assert zoo.differing(values(early), fed.space.values())
+    stranger = Replica(host("full_fedzo").method, b"another run")
+    assert stranger.load(file)
+    stranger.follow_(memory)
+    assert not zoo.differing(values(stranger), fed.space.values())
+    assert not one.load(file)  # it has made updates of its own
+    whole = file.read_bytes()
+    for damaged in (whole[:-5], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="of no use"):
+            assert not zoo.differing(followed(memory, False), fed.space.values())
+    other = host("meerkat").replica
+    other.follow_(Memory(1, after("meerkat", 1).updates(0)))
+    other.save(file)
+    with pytest.warns(UserWarning, match="of no use"):
+        assert not zoo.differing(followed(memory, False), fed.space.values())

@@ -65,14 +65,18 @@ def test_replies_may_come_in_any_order(name):
     assert not zoo.differing(zoo.weights(fed.model), zoo.weights(here.model))
 
 
-@pytest.mark.parametrize("name", ["meerkat", "full_fedzo", "fedkseed", "fedmezo", "fedavg"])
-def test_a_client_may_be_a_new_process_every_round(name):
-    """What a client keeps is in Flower's state: a fresh model and that are enough."""
-    grid = ff.Grid(ff.app(lambda: ff.host(name)))
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["meerkat", "full_fedzo", "fedkseed", "fedavg"])
+def test_a_client_may_be_a_new_process_every_round(name, cached, tmp_path):
+    """What a client keeps is in Flower's state: a fresh model and that are enough; weights in a
+    file only spare work."""
+    caches = tmp_path if cached else None
+    grid = ff.Grid(ff.app(lambda: ff.host(name), caches=caches))
     _, fed = ff.federation(name, grid=grid, clients_per_round=2)
     here = zoo.federation(name, clients_per_round=2)
     assert ff.timeless(fed.run(4)) == ff.timeless(here.run(4))
     assert not zoo.differing(zoo.weights(fed.model), zoo.weights(here.model))
+    assert bool(list(tmp_path.iterdir())) == (cached and name != "fedavg")
 
 
 @pytest.mark.parametrize("name", ["meerkat_vp", "full_fedzo", "fedspzo", "fedkseed", "lora_fedzo"])

@@ -135,11 +135,13 @@ def test_the_folder_for_flwr_run(place, tmp_path):
 def test_nodes_with_data_of_their_own(place, tmp_path):
     """All of a node's file is its shard; nothing of it is held out."""
     given = config(place, tmp_path / "out", clients=2, clients_per_round=None, transport="flower")
-    nodes = [{"client": 0}, {"client": 1, "data": str(place / "mine.jsonl"), "device": "cpu"}]
+    cache = tmp_path / "weights"
+    mine = {"data": str(place / "mine.jsonl"), "device": "cpu", "cache": str(cache)}
+    nodes = [{"client": 0}, {"client": 1, **mine}]
     clients = flower_app.client_app(given)
     grid = LocalGrid(clients, nodes)
     grid.start(flower_app.server_app(given))
-    assert len(metrics.read(tmp_path / "out")) == 4
+    assert len(metrics.read(tmp_path / "out")) == 4 and cache.is_file()
     sizes = {}
     for node in nodes:
         context = Context(run_id=1, node_id=5, node_config=node, state=RecordDict(), run_config={})

@@ -74,7 +74,7 @@ def shards():
 def join(context):
     host = Host(model(), Task(), make("random_mask", **OPTIONS), batch_size=2, seed=5)
     number = context.node_config["client"]
-    return Seat(host, number, shards()[number])
+    return Seat(host, number, shards()[number], context.node_config["cache"])
 
 
 client = client_app(join)
@@ -250,8 +250,9 @@ def test_superlink_and_supernodes_come_to_the_bits_of_one_process(place):
 
     def node(name: str, number: int, port: int) -> tuple[str, ...]:
         key = ("--auth-supernode-private-key", name)
-        config = ("--node-config", f"client={number}", "--port", str(port))
-        return ("flower-supernode", *common, *key, *config)
+        config = f'client={number} cache="{folder / name}.weights"'
+        more = ("--node-config", config, "--port", str(port))
+        return ("flower-supernode", *common, *key, *more)
 
     stranger = place.start("stranger.log", *node("stranger", 0, ports[2]))
     for number in (0, 1):
@@ -262,6 +263,7 @@ def test_superlink_and_supernodes_come_to_the_bits_of_one_process(place):
     place.wait(final.is_file, 150, "the run did not end")
     assert stranger.poll() == REFUSED, (folder / "stranger.log").read_text()
 
+    assert all((folder / f"node{k}.weights").is_file() for k in (0, 1))
     spec = importlib.util.spec_from_file_location("fedzo_run", folder / "app" / "fedzo_run.py")
     assert spec is not None and spec.loader is not None
     run: Any = importlib.util.module_from_spec(spec)
