@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ def _rank(
     rank: int, port: int, root: str, arguments: list[str], sabotage: Callable[[int], None] | None
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is not looked through again
     os.environ.update(
         WORLD_SIZE="2",
         RANK=str(rank),
