@@ -1,4 +1,4 @@
-"""The command line: ``fedzo run``, ``fedzo compare``, ``fedzo plot``, ``fedzo methods``."""
+"""The command line: ``fedzo run``, ``compare``, ``flower-app``, ``plot``, ``methods``."""
 
 from __future__ import annotations
 
@@ -94,21 +94,31 @@ def _plain_type(annotation: Any) -> Any:
     return str if origin is Literal else origin or annotation
 
 
-def _takes(kind: type[RunConfig], *leave_out: str) -> Callable[[Callable[..., None]], Any]:
-    """Give a command the options of a configuration; it gets those that were given."""
+def _takes(
+    kind: type[RunConfig], *leave_out: str, folder: str | None = None
+) -> Callable[[Callable[..., None]], Any]:
+    """Give a command the options of a configuration; it gets those that were given, after the
+    folder of its argument where ``folder`` says what it is."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def wrapper(**given: Any) -> None:
             from_file = given.pop("config")
+            first = [] if folder is None else [given.pop("folder")]
             try:
                 fields = read_file(from_file) if from_file is not None else {}
-                command(fields, _given(kind, given))
+                command(*first, fields, _given(kind, given))
             except UserError as error:
                 _fail(str(error))
             except KeyboardInterrupt:
                 _fail("interrupted; the same command with --resume goes on from here", 130)
 
         parameters = _parameters(kind, frozenset(leave_out))
+        if folder is not None:
+            argument = Annotated[Path, typer.Argument(help=folder)]
+            parameters.insert(
+                0,
+                inspect.Parameter("folder", inspect.Parameter.KEYWORD_ONLY, annotation=argument),
+            )
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -183,6 +193,15 @@ def compare(fields: dict[str, Any], given: dict[str, Any]) -> None:
         _say(console, f"plot: {plots.plot_compare(folder / 'compare.png', rows)}")
 
 
+@app.command("flower-app")
+@_takes(RunConfig, "transport", folder="Folder to write.")
+def flower_app(folder: Path, fields: dict[str, Any], given: dict[str, Any]) -> None:
+    """Write a run as a folder for `flwr run`, to be run on a Flower SuperLink."""
+    config = build(RunConfig, {"transport": "flower"}, fields, given)
+    _flower().write(folder, config)
+    _say(Console(), f"written: {folder}; run it with: flwr run {folder} SUPERLINK")
+
+
 @app.command()
 def plot(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
@@ -253,7 +272,24 @@ def _watched(config: RunConfig, console: Console) -> Any:
             if row.get("eval_loss") is not None or row["phase"] == "calibration":
                 _say(progress.console, _line(row))
 
+        if config.transport == "flower":
+            return _flower().run(config, watch)
         return experiment.run(config, watch)
+
+
+def _flower() -> Any:
+    """The module of Flower's apps.
+
+    Raises:
+        UserError: Flower is not installed.
+    """
+    try:
+        import flwr  # noqa: F401
+    except ImportError as error:
+        raise UserError("--transport flower needs: pip install 'flwr>=1.40'") from error
+    from fedzo import flower_app as module
+
+    return module
 
 
 def _short(row: dict[str, Any]) -> str:

@@ -43,7 +43,9 @@ _NAMES = {
 }
 
 # Fields that may differ when a run goes on: they do not change what is computed.
-FREE_ON_RESUME = frozenset({"output", "resume", "tensorboard", "rounds", "plots", "patience"})
+FREE_ON_RESUME = frozenset(
+    {"output", "resume", "tensorboard", "rounds", "plots", "patience", "round_timeout"}
+)
 
 
 def _field(panel: str, default: Any, description: str, **limits: Any) -> Any:
@@ -127,6 +129,15 @@ class RunConfig(BaseModel):
         FEDERATION, "uniform", "Weights of the mean: uniform, or the clients' sample counts."
     )
 
+    transport: Literal["inprocess", "flower"] = _field(
+        FEDERATION,
+        "inprocess",
+        "What carries the messages: inprocess (one copy of the model), or flower (Flower's apps).",
+    )
+    round_timeout: float | None = _field(
+        FEDERATION, None, "Seconds a round of flower waits for replies; default: for all.", gt=0
+    )
+
     rounds: int = _field(TRAINING, 100, "Rounds.", ge=1)
     steps: int | None = _field(
         TRAINING, None, "Local steps a round (T); default: the method's.", ge=1
@@ -178,6 +189,8 @@ class RunConfig(BaseModel):
                 f"clients_per_round must be at most the {self.clients} clients; "
                 f"got {self.clients_per_round}"
             )
+        if self.round_timeout is not None and self.transport != "flower":
+            raise ValueError("round_timeout belongs to transport flower")
         if self.patience and not self.eval_every:
             raise ValueError(f"patience must be 0 where eval_every is 0; got {self.patience}")
         if self.task not in (*TEMPLATES, "custom", "auto"):

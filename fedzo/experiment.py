@@ -26,6 +26,8 @@ from fedzo.methods import Meerkat, Method, RandomMask, WeightMagnitude
 from fedzo.options import make_method
 from fedzo.records import RoundRecord
 from fedzo.simulation import Federation
+from fedzo.task import Batch
+from fedzo.transports import Transport
 from zokernels.finetune import assets, models
 from zokernels.finetune.config import UserError
 from zokernels.finetune.memory import resident
@@ -40,6 +42,9 @@ DEMO = "demo"
 
 # Called after every round with its row.
 Watch = Callable[[metrics.Row], None]
+
+# Finds the clients, where they are not in process.
+Connect = Callable[[], Transport]
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,15 @@ class Result:
         return self.dense / self.uplink if self.uplink else float("inf")
 
 
-def run(config: RunConfig, watch: Watch = lambda row: None) -> Result:
+def run(
+    config: RunConfig, watch: Watch = lambda row: None, connect: Connect | None = None
+) -> Result:
     """Run a configuration, or the rest of it.
+
+    Args:
+        config: what to run.
+        watch: called after every round.
+        connect: gives the transport to clients elsewhere; None: they are in process.
 
     Raises:
         UserError: something the user can put right; nothing is left half done.
@@ -99,7 +111,9 @@ def run(config: RunConfig, watch: Watch = lambda row: None) -> Result:
         done = read_result(folder)
         if done.rounds == config.rounds:
             return done
-    federation = make_federation(config, model, tokenizer, masked, task, method)
+    federation = make_federation(
+        config, model, tokenizer, masked, task, method, None if connect is None else connect()
+    )
     checkpoint = folder / CHECKPOINT
     start = -1
     if config.resume and checkpoint.is_file():
@@ -232,21 +246,14 @@ def make_task(
     )
 
 
-def make_federation(
-    config: RunConfig,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    masked: bool,
-    task: LanguageTask,
-    method: Method,
-) -> Federation:
-    """The federation of a configuration.
+def make_shards(config: RunConfig, task: LanguageTask) -> list[list[int]]:
+    """The examples of every client of a configuration.
 
     Raises:
-        UserError: a split or an option that does not fit the data or the method.
+        UserError: a split that does not fit the data.
     """
     try:
-        shards = partition(
+        return partition(
             Split.parse(config.split),
             task.train_size,
             config.clients,
@@ -256,22 +263,54 @@ def make_federation(
         )
     except ValueError as error:
         raise UserError(f"--split {config.split}: {error}") from error
-    batches = []
-    if needs_calibration(method):
-        batches = calibration_batches(
-            tokenizer,
-            config.calibration,
-            masked=masked,
-            batches=config.calibration_batches,
-            seed=config.seed,
-            device=next(model.parameters()).device,
-        )
+
+
+def make_calibration(
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    masked: bool,
+    method: Method,
+) -> list[Batch]:
+    """The pre-training text a method looks at; none for most."""
+    if not needs_calibration(method):
+        return []
+    return calibration_batches(
+        tokenizer,
+        config.calibration,
+        masked=masked,
+        batches=config.calibration_batches,
+        seed=config.seed,
+        device=next(model.parameters()).device,
+    )
+
+
+def make_federation(
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    masked: bool,
+    task: LanguageTask,
+    method: Method,
+    transport: Transport | None = None,
+) -> Federation:
+    """The federation of a configuration.
+
+    Args:
+        transport: to clients elsewhere; None: the configuration's split, in process.
+
+    Raises:
+        UserError: a split or an option that does not fit the data or the method.
+    """
+    shards = make_shards(config, task) if transport is None else None
+    batches = make_calibration(config, model, tokenizer, masked, method)
     try:
         return Federation(
             model,
             task,
             method,
             shards,
+            transport=transport,
             seed=config.seed,
             clients_per_round=config.clients_per_round,
             batch_size=config.batch_size,
@@ -420,7 +459,9 @@ __all__ = [
     "Result",
     "fetched",
     "load_model",
+    "make_calibration",
     "make_federation",
+    "make_shards",
     "make_task",
     "method_options",
     "read_result",

@@ -38,12 +38,13 @@ class RoundRecord:
         phase: ``"train"``, or ``"calibration"`` (the weights did not move).
         invited: clients that were asked.
         accepted: clients whose message counted.
-        dropped: invited clients that sent nothing.
-        late: invited clients whose message came after the round was over.
+        dropped: invited clients that sent nothing, or nothing in time.
+        late: invited clients whose message was held back until the round was over (simulated).
         rejected: why a message did not count, by client that sent it (the last reason, where one
-            sent several); messages of earlier rounds that arrived in this one are among them.
+            sent several), or the client failed; messages of earlier rounds that arrived in this one
+            are among them.
         losses: mean of ``L(w + eps z)`` over a client's batches (of ``L(w)``, where a method has
-            it); known to the simulation, not necessarily sent.
+            it); what the clients say, for the record only.
         lrs: learning rate by client.
         steps: local steps by client.
         scalars: statistics of the accepted projected gradients.

@@ -29,6 +29,7 @@ SENDER = "another's name"
 DUPLICATE = "duplicate"
 LENGTH = "wrong length"
 NOT_FINITE = "not finite"
+FAILED = "failed"
 
 
 class Rejected(Exception):
@@ -111,10 +112,17 @@ class Server:
         try:
             self._accept(sender, data)
         except Rejected as refusal:
-            self.rejections[refusal.reason] += 1
-            self.rejected[sender] = str(refusal)
+            self._count(sender, refusal)
             return str(refusal)
         return None
+
+    def refuse(self, sender: int, reason: str, detail: str) -> None:
+        """Count a message that the transport knows to be none, such as a client's failure."""
+        self._count(sender, Rejected(reason, detail))
+
+    def _count(self, sender: int, refusal: Rejected) -> None:
+        self.rejections[refusal.reason] += 1
+        self.rejected[sender] = str(refusal)
 
     def _accept(self, sender: int, data: bytes) -> None:
         message: Report | Dense

@@ -1,4 +1,4 @@
-"""A federation in one process: one copy of the model, any number of clients.
+"""A federation: the server's rounds, over a transport; by default all of it in one process.
 
 A round::
 
@@ -9,20 +9,19 @@ A round::
 
 Everything that travels is encoded and decoded for real; its bytes are counted. What the server
 keeps for each client is a few numbers. Every draw depends on the seed, the round and the client, so
-a run that was killed in the middle of a round continues from the last checkpoint bit for bit.
+a run that was killed in the middle of a round continues from the last checkpoint bit for bit, and
+a run comes to the same bits over every transport.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -31,31 +30,34 @@ from torch import Tensor, nn
 from fedzo import checkpoint as files
 from fedzo.aggregate import RULES, check_trim, clipped
 from fedzo.checkpoint import CheckpointError
-from fedzo.messages import OVERHEAD, Block, Dense, Merged, Order, Report
-from fedzo.methods.base import Calibrated, Method, Rule, Setting, Site
+from fedzo.client import apply_merged_, describe
+from fedzo.messages import OVERHEAD, SHARED, Block, Dense, Merged, Order
+from fedzo.methods.base import Calibrated, Method, Rule, Setting
 from fedzo.records import RoundRecord, ScalarStats
-from fedzo.sampling import DROPOUT, STRAGGLER, Examples, happens, participants
-from fedzo.server import NOT_FINITE, Expected, Rejected, Server
+from fedzo.sampling import DROPOUT, STRAGGLER, happens, participants
+from fedzo.server import FAILED, NOT_FINITE, Expected, Rejected, Server
 from fedzo.task import Batch, Task
+from fedzo.transports import Reply, Request, Transport, TransportError
+from fedzo.transports.inprocess import InProcess
 from zokernels.binding import unwrap
-from zokernels.subset import Snapshot
 
 WEIGHTS = ("uniform", "samples")
 
-# What a client's message becomes on its way: tests put damage here, transports could put a network.
+# What a client's message becomes on its way: tests put damage here.
 Channel = Callable[[int, bytes], Iterable[bytes]]
 
 
 class Federation:
-    """A method over simulated clients.
+    """A method over clients: the server's side, and in process the clients' too.
 
     Args:
-        model: the one copy; it ends each round with the server's weights. Evaluation mode is set,
-            as MeZO has it.
+        model: the server's copy, in process the only one; it ends each round with the server's
+            weights. Evaluation mode is set, as MeZO has it.
         task: what is learned.
         method: a fresh method of :mod:`fedzo.methods`.
-        shards: the examples of each client, numbers in ``[0, task.train_size)``. Clients without
-            examples are never invited.
+        shards: the examples of each client, numbers in ``[0, task.train_size)``: the clients work
+            in process. Clients without examples are never invited.
+        transport: to clients elsewhere, in place of ``shards``.
         seed: of everything random, 64 bits.
         clients_per_round: how many are invited; None: all.
         batch_size: examples a local step; smaller for a client that has fewer.
@@ -79,7 +81,7 @@ class Federation:
 
     Raises:
         ValueError: an argument out of range, an index that is no example, no client with examples,
-            a method that another federation has used.
+            a method that another federation has used, a client that is set up differently.
     """
 
     def __init__(
@@ -87,8 +89,9 @@ class Federation:
         model: nn.Module,
         task: Task,
         method: Method,
-        shards: Sequence[Sequence[int]],
+        shards: Sequence[Sequence[int]] | None = None,
         *,
+        transport: Transport | None = None,
         seed: int = 0,
         clients_per_round: int | None = None,
         batch_size: int = 16,
@@ -103,7 +106,17 @@ class Federation:
         checkpoint_every: int = 1,
         channel: Channel | None = None,
     ) -> None:
-        self.clients = _check_shards(shards, task.train_size)
+        if (shards is None) == (transport is None):
+            raise ValueError("one of shards and transport must be given")
+        for label, count in (("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
+            if count < 1:
+                raise ValueError(f"{label} must be at least 1; got {count}")
+        if shards is not None:
+            transport = InProcess(method, task, shards, batch_size=batch_size)
+        assert transport is not None
+        self.transport: Transport = transport
+        self.samples = dict(sorted(transport.samples.items()))
+        self.clients = tuple(self.samples)
         per_round = len(self.clients) if clients_per_round is None else clients_per_round
         if not 1 <= per_round <= len(self.clients):
             raise ValueError(
@@ -112,9 +125,6 @@ class Federation:
         for label, share in (("dropout", dropout), ("stragglers", stragglers)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{label} must be in [0, 1]; got {share!r}")
-        for label, count in (("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
-            if count < 1:
-                raise ValueError(f"{label} must be at least 1; got {count}")
         for label, value, allowed in (
             ("aggregate", aggregate, RULES),
             ("weights", weights, WEIGHTS),
@@ -143,7 +153,7 @@ class Federation:
                 self.model,
                 task,
                 self.clients,
-                {k: len(shards[k]) for k in self.clients},
+                self.samples,
                 seed,
                 tuple(calibration),
             )
@@ -164,7 +174,9 @@ class Federation:
         self._sum: dict[str, Tensor] = {}
         self._weight = 0.0
         self._orders: dict[int, Order] = {}
-        self._identity = self._describe()
+        common = describe(method, self.model, batch_size)
+        self._identity = self._describe(common)
+        transport.open(common)
 
     @property
     def rejections(self) -> dict[str, int]:
@@ -179,6 +191,9 @@ class Federation:
         Yields:
             A record a round, after its checkpoint; before the first round the calibration's, where
             the method has one.
+
+        Raises:
+            TransportError: every client of a round failed, or none can be reached.
         """
         if isinstance(self.method, Calibrated) and not self.method.calibrated:
             yield self._calibrate(self.method)
@@ -204,8 +219,8 @@ class Federation:
         seen = self._collect(number, orders)
         self._merge(number, orders)
         self._positions.update(seen.positions)
-        # The order brought invited clients up to the round before; its update is new to them.
-        self._known.update(dict.fromkeys(invited, number - 1))
+        # The order brought these clients up to the round before; its update is new to them.
+        self._known.update(dict.fromkeys(seen.reached, number - 1))
         self.round = number
         return self._record(number, "train", orders, seen, begin)
 
@@ -229,50 +244,70 @@ class Federation:
             self.server.receive(sender, data)
         self._late = []
         seen = _Seen()
-        for client, order in orders.items():
-            message = order.encode()
-            seen.bytes_down += len(message) + self._missed(client)
-            if happens(self.seed, DROPOUT, number, client, self.dropout):
-                seen.dropped.append(client)
+        requests = [
+            Request(
+                client=client,
+                order=order.encode(),
+                known=self._known.get(client, 0),
+                position=self._positions.get(client, 0),
+                drops=happens(self.seed, DROPOUT, number, client, self.dropout),
+            )
+            for client, order in orders.items()
+        ]
+        for reply, request in self._exchange(requests, seen):
+            if reply.data is None:
                 continue
-            data = self._work(client, Order.decode(message), seen)
-            seen.bytes_up += len(data)
-            if happens(self.seed, STRAGGLER, number, client, self.stragglers):
-                seen.late.append(client)
-                self._late.append((client, data))
+            if reply.position is not None:
+                seen.positions.setdefault(request.client, reply.position)
+            if reply.loss is not None:
+                seen.losses.setdefault(request.client, reply.loss)
+            seen.heard.add(request.client)
+            if happens(self.seed, STRAGGLER, number, request.client, self.stragglers):
+                seen.late.append(request.client)
+                self._late.append((request.client, reply.data))
                 continue
-            for arrived in [data] if self.channel is None else self.channel(client, data):
-                self.server.receive(client, arrived)
+            self._receive(request.client, reply.data)
+        if len(seen.failed) == len(orders):
+            reason = next(iter(seen.failed.values()))
+            raise TransportError(f"all {len(orders)} clients of a round failed: {reason}")
+        seen.dropped = [client for client in orders if client not in seen.heard]
         return seen
 
-    def _work(self, client: int, order: Order, seen: _Seen) -> bytes:
-        """A client's round: its message."""
-        examples = Examples(
-            self.shards[client],
-            self.batch_size,
-            seed=self.seed,
-            client=client,
-            position=self._positions.get(client, 0),
-        )
-        site = Site(self.space, self.task, examples)
-        head = {"round": order.round, "client": client, "fingerprint": order.fingerprint}
-        message: Report | Dense
-        try:
-            scalars = self.method.client(site, order)
-            if self.method.payload == "tensors":
-                site.settle()
-                message = Dense(**head, data=self.space.to_bytes())
-            else:
-                message = Report(**head, scalars=tuple(scalars))
-        finally:
-            self.space.restore_()
-        seen.positions[client] = examples.position
-        seen.losses[client] = site.loss
-        return message.encode()
+    def _exchange(
+        self, requests: Sequence[Request], seen: _Seen
+    ) -> Iterator[tuple[Reply, Request]]:
+        """The answers to a round's requests.
 
-    def _missed(self, client: int) -> int:
-        """Bytes of the updates a client has not seen yet."""
-        known = self._known.get(client, 0)
+        A client that has fewer updates than was thought is sent the others, once. Failures and
+        answers to earlier rounds are refused here.
+        """
+        behind: list[Request] = []
+        for again in (False, True):
+            listed, behind = (behind if again else list(requests)), []
+            asked = {request.client: request for request in listed}
+            seen.bytes_down += sum(len(r.order) + self._missed(r.known) for r in listed)
+            for reply in self.transport.exchange(listed, self.updates) if listed else ():
+                seen.bytes_up += len(reply.data or b"")
+                request = asked.get(reply.client)
+                if reply.late or request is None:
+                    self.server.receive(reply.client, reply.data or b"")
+                elif reply.error is not None:
+                    seen.failed[reply.client] = reply.error
+                    self.server.refuse(reply.client, FAILED, reply.error)
+                elif reply.known is not None and reply.known < request.known:
+                    self._known[reply.client] = reply.known
+                    if not again:
+                        behind.append(replace(request, known=reply.known))
+                else:
+                    seen.reached.append(reply.client)
+                    yield reply, request
+
+    def _receive(self, client: int, data: bytes) -> None:
+        for arrived in [data] if self.channel is None else self.channel(client, data):
+            self.server.receive(client, arrived)
+
+    def _missed(self, known: int) -> int:
+        """Bytes of the updates after a round."""
         if known == self.round:
             return 0
         if self.method.payload == "tensors":
@@ -282,9 +317,19 @@ class Federation:
     def updates(self, known: int = 0) -> list[bytes]:
         """The encoded updates that bring a client from round ``known`` to the present, in order.
 
-        What a returning client replays (:meth:`catch_up_`). A method whose updates start from the
-        first weights has one at most.
+        What a returning client replays (:func:`~fedzo.client.apply_merged_`). A method whose
+        updates start from the first weights has one at most; one that sends weights, the weights.
         """
+        if self.method.payload == "tensors":
+            if known == self.round:
+                return []
+            message = Dense(
+                round=self.round,
+                client=SHARED,
+                fingerprint=self.method.fingerprint,
+                data=self.space.to_bytes(),
+            )
+            return [message.encode()]
         if self.method.from_base:
             return self._history[-1:] if known < self.round else []
         return self._history[known:]
@@ -304,7 +349,7 @@ class Federation:
         """A client's weight."""
         if self.weights == "uniform":
             return 1.0
-        return float(order.steps * min(self.batch_size, len(self.shards[order.client])))
+        return float(order.steps * min(self.batch_size, self.samples[order.client]))
 
     def _add(self, client: int, data: memoryview) -> None:
         """Take a client's weights into the mean."""
@@ -440,24 +485,12 @@ class Federation:
         self.server.rejections = Counter(state["rejections"])
         self._history = messages["history"]
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, common: Mapping[str, Any]) -> dict[str, Any]:
         """What must be the same for a run to go on."""
-        options = {k: v for k, v in self.method.options().items() if k != "mask"}
-        shards = hashlib.sha256(repr([list(map(int, s)) for s in self.shards]).encode())
-        sample = 0
-        for _, p in sorted(self.model.named_parameters()):
-            if p.is_floating_point():
-                head = p.detach().reshape(-1)[:4096].float().cpu().contiguous()
-                sample = zlib.crc32(head.numpy().data, sample)
         return {
-            "method": self.method.name,
-            **{f"method.{k}": v for k, v in options.items()},
-            "fingerprint": f"{self.method.fingerprint:016x}",
-            "first weights": sample,
-            "shards": shards.hexdigest(),
-            "seed": self.seed,
+            **common,
+            "shards": self.transport.identity(),
             "clients_per_round": self.clients_per_round,
-            "batch_size": self.batch_size,
             "dropout": self.dropout,
             "stragglers": self.stragglers,
             "aggregate": self.aggregate,
@@ -471,45 +504,12 @@ class Federation:
 class _Seen:
     """What happened to the clients of a round."""
 
+    reached: list[int] = field(default_factory=list)
+    heard: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
-
-
-def _check_shards(shards: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
-    """The clients that have examples."""
-    clients = tuple(k for k, shard in enumerate(shards) if len(shard))
-    if not clients:
-        raise ValueError("shards must have at least one client with examples; got none")
-    for k in clients:
-        low, high = min(shards[k]), max(shards[k])
-        if low < 0 or high >= size:
-            raise ValueError(f"shards[{k}] must be in [0, {size}); got {low} to {high}")
-    return clients
-
-
-def apply_merged_(method: Method, message: bytes, base: tuple[Snapshot, ...] | None = None) -> None:
-    """What a client does with an update of the server: the same as the server, bit for bit.
-
-    Args:
-        method: prepared on the client's model.
-        message: an encoded :class:`~fedzo.messages.Merged`.
-        base: the first weights of the run, for methods that start from them.
-
-    Raises:
-        EncodingError: not an update. Nothing is changed.
-        ValueError: an update for other parameters. Nothing is changed.
-    """
-    merged = Merged.decode(message)
-    if merged.fingerprint != method.fingerprint:
-        raise ValueError(
-            f"the update is for parameters {merged.fingerprint:016x}; these are "
-            f"{method.fingerprint:016x}"
-        )
-    update = method.update(merged.round, merged.blocks)
-    if base is not None:
-        method.space.load_({n: v for snapshot in base for n, v in snapshot.values.items()})
-    method.space.apply_(update)

@@ -47,6 +47,7 @@ class Setting:
         samples: number of examples of each client.
         seed: of the run.
         calibration: batches of pre-training text with labels, for masks and gradients.
+        server: whether this is the server's copy, or the one of a client in its own process.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Setting:
     samples: Mapping[int, int]
     seed: int
     calibration: Sequence[Batch] = ()
+    server: bool = True
 
 
 @dataclass(frozen=True, slots=True)

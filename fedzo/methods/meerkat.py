@@ -69,9 +69,9 @@ class Meerkat(Method):
             raise ValueError("track_gradip needs payload 'scalars'; got 'tensors'")
 
     def prepare(self, setting: Setting) -> None:
-        """The mask; and the pre-training gradient on it, where GradIP is asked for."""
+        """The mask; and the server's pre-training gradient on it, where GradIP is asked for."""
         super().prepare(setting)
-        if self.track_gradip:
+        if self.track_gradip and setting.server:
             self.pretraining = pretraining_gradient(self.space, setting.calibration)
 
     def moving(self, setting: Setting) -> Space:

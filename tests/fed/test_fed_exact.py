@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedzo.client import apply_merged_
 from fedzo.messages import Merged, Order, Report
 from fedzo.methods import Method
-from fedzo.simulation import apply_merged_
 
 DTYPES = [torch.float32, torch.bfloat16]
 EVERY = [*zoo.SCALAR, *zoo.VARIANTS]
@@ -70,16 +70,16 @@ def test_the_weights_are_the_servers_after_every_client(name):
     """One copy serves all: a client leaves nothing behind, whatever it did."""
     fed = zoo.federation(name)
     starts: list[tuple[int, dict[str, Tensor]]] = []
-    work = fed._work
+    work = fed.transport.work
 
-    def watched(client: int, order: Any, seen: Any) -> bytes:
+    def watched(request: Any) -> Any:
         before = zoo.weights(fed.model)
-        data = work(client, order, seen)
+        reply = work(request)
         assert not zoo.differing(zoo.weights(fed.model), before)
-        starts.append((order.round, before))
-        return data
+        starts.append((Order.decode(request.order).round, before))
+        return reply
 
-    fed._work = watched  # type: ignore[method-assign]
+    fed.transport.work = watched
     list(fed.run(2))
     rounds = {r for r, _ in starts}
     assert rounds >= {1, 2}

@@ -12,7 +12,7 @@ import torch
 
 import zokernels as zo
 from fedzo.gradients import pretraining_gradient
-from fedzo.messages import Report
+from fedzo.messages import Order, Report
 from fedzo.methods import Meerkat, MeerkatVP, RandomMask, WeightMagnitude
 from fedzo.methods.meerkat_vp import vpcs
 from zokernels.masks import Mask, linear_weights
@@ -300,18 +300,18 @@ def test_flagged_clients_make_one_step_and_walk_on_through_their_data():
     used: dict[int, list[int]] = {}
     batch = fed.task.batch
     working: list[int] = []
-    work = fed._work
+    work = fed.transport.work
 
-    def at_work(client: int, order: Any, seen: Any) -> bytes:
-        working[:] = [client, order.round]
-        return work(client, order, seen)
+    def at_work(request: Any) -> Any:
+        working[:] = [request.client, Order.decode(request.order).round]
+        return work(request)
 
     def taken(indices: Any) -> Any:
         if working[1]:
             used.setdefault(working[0], []).extend(indices)
         return batch(indices)
 
-    fed._work, fed.task.batch = at_work, taken  # type: ignore[method-assign]
+    fed.transport.work, fed.task.batch = at_work, taken  # type: ignore[method-assign]
     rounds = fed.run(6)
     next(rounds)
     fed.method.signatures = {}
