@@ -28,7 +28,7 @@ class Quantised(Function):
         ctx.save_for_backward(x, weight)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
-        assert not any(ctx.needs_input_grad)
+        assert not any(ctx.needs_input_grad) and ctx.saved_tensors == ()
         return x @ (weight * scale).T
 
     @staticmethod
@@ -198,6 +198,21 @@ def test_other_threads_keep_torchs_own() -> None:
     zo.branches(net, [1], PAIR)(lambda: net(X))
     thread.join()
     assert "setup_context" in str(found[0]) and "Separate" in str(found[1])
+
+
+def test_what_others_put_in_place_of_apply_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def counted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(cls.__name__)
+        return APPLY.__func__(cls, *args, **kwargs)
+
+    theirs = classmethod(counted)
+    monkeypatch.setattr(Function, "apply", theirs)
+    net = Net(lambda net, h: Ruled.apply(h))
+    zo.branches(net, [1], PAIR)(lambda: net(X))
+    assert Function.__dict__["apply"] is theirs
+    assert set(seen) == {"Ruled"}
 
 
 def test_it_ends_with_the_evaluation_whatever_happens() -> None:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 import zokernels as zo
+from zokernels.integrations import transformers as integration
 from zokernels.integrations.transformers import MeZOTrainer, MeZOTrainerMixin
 
 Batch = dict[str, Tensor]
@@ -483,6 +484,99 @@ def test_torch_compile(saved: Path, tmp_path: Path) -> None:
     assert close(*found)
 
 
+def test_float16_on_a_gpu_has_no_scaler_to_ask(saved: Path, tmp_path: Path) -> None:
+    built = trainer(language_model(saved), tmp_path, changes={"fp16": True})
+    built.accelerator.native_amp = True  # as on a GPU: gradients would be unscaled and clipped
+    built.train()
+    entries = [entry for entry in built.state.log_history if "loss" in entry]
+    assert len(entries) == STEPS and all("grad_norm" not in entry for entry in entries)
+
+
+def test_compute_loss_gets_a_copy_of_the_collators_type(saved: Path, tmp_path: Path) -> None:
+    class Reads(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+            ids, labels = inputs.input_ids, inputs.pop("labels")
+            return model(input_ids=ids, labels=labels, attention_mask=inputs.attention_mask).loss
+
+    built = trainer(language_model(saved), tmp_path, Reads)
+    built.train()
+    assert built.state.global_step == STEPS
+
+
+def test_cached_memory_is_given_back_as_asked(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(integration, "clear_device_cache", lambda: calls.append(1))
+    changes = {"torch_empty_cache_steps": 2, "gradient_accumulation_steps": 2}
+    trainer(language_model(saved), tmp_path, changes=changes).train()
+    assert len(calls) == STEPS  # in two of four steps, once a micro-batch
+
+
+def test_noise_that_training_mode_alone_has_is_told(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(integration.logger, "warning", told.append)
+    for dropout in (False, True):
+        changes = {"neftune_noise_alpha": 5.0}
+        trainer(language_model(saved), tmp_path, changes=changes, dropout=dropout)
+    assert [message.partition(" ")[0] for message in told] == ["neftune_noise_alpha"]
+
+
+def test_a_checkpoint_without_the_optimizer_leaves_the_journal(saved: Path, tmp_path: Path) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    with zo.Trajectory.open(tmp_path / "run.zot") as journal:
+        mezo = {"eps": 1e-2, "journal": journal}
+        first = trainer(language_model(saved), tmp_path, changes=changes, mezo=mezo)
+        first.train()
+    with zo.Trajectory.open(tmp_path / "run.zot") as journal:
+        mezo = {"eps": 1e-2, "journal": journal}
+        again = trainer(language_model(saved), tmp_path, changes=changes, mezo=mezo)
+        with pytest.raises(zo.TrajectoryError, match="the journal already has steps up to 3"):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    fresh = language_model(saved)
+    zo.Trajectory.load(tmp_path / "run.zot").replay_(fresh)
+    assert same(weights(fresh), weights(first.model))
+
+
+def test_a_compiled_model_with_a_mask_and_weight_decay(saved: Path, tmp_path: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        model = language_model(saved)
+        options = {"eps": 1e-2, "mask": zo.Mask.random(model, 0.05, seed=1)}
+        given = torch.compile(model, backend="eager") if compiled else model
+        changes = {"weight_decay": 0.1, "remove_unused_columns": False}
+        built = trainer(given, tmp_path, changes=changes, mezo=options)
+        built.train()
+        assert [g["weight_decay"] for g in built.optimizer.param_groups] == [0.1]
+        found.append(weights(model))
+    assert close(*found)
+
+
+def test_a_loss_against_the_model_without_its_adapters(saved: Path, tmp_path: Path) -> None:
+    class Against(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+            with model.disable_adapter():
+                reference = model(**inputs).logits.log_softmax(-1)
+            output = model(**inputs)
+            difference = output.logits.log_softmax(-1) - reference
+            return output.loss + difference.square().mean()
+
+    model = adapted(saved, seed=0)
+    before = weights(model)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    built = trainer(model, tmp_path, Against)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", zo.StackingWarning)
+        built.train()
+    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
+    moved = {n for n, t in weights(model).items() if not torch.equal(t, before[n])}
+    assert moved == {n for n, moves in flags.items() if moves}
+    # Adapters begin as nothing: the first probe's difference is its displacement's alone.
+    assert built.state.log_history[0]["loss"] > 0
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -551,6 +645,15 @@ def test_other_ways_to_split_a_model_are_refused(
         trainer(language_model(saved), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_parallelism_that_shares_batches_is_refused(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(Trainer, f"get_{kind}_size", lambda self: 2)
+    with pytest.raises(ValueError, match=r"parallelism: every process needs the whole model"):
+        trainer(language_model(saved), tmp_path)
+
+
 def test_the_mixin_serves_other_trainers(saved: Path, tmp_path: Path) -> None:
     class Doubles(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -582,7 +685,11 @@ for name, changes in t.SPLITS.items():
     # Adapters begin at random, and the first rank's are taken.
     model = t.adapted(saved, seed=rank) if name == "adapters" else t.language_model(saved)
     built = t.trainer(model, folder / str(rank), changes=changes)
+    # Buffers of dtypes that gloo does not send.
+    for index, value in enumerate((rank == 0, complex(rank), torch.tensor([rank]).bfloat16())):
+        model.register_buffer(f"extra{index}", torch.as_tensor(value), persistent=False)
     built.train()
+    assert model.extra0 and not model.extra1 and not model.extra2
     assert type(built.model_wrapped) is type(model), "wrapped for gradients"
     found[name] = (t.weights(model), [e["loss"] for e in built.state.log_history if "loss" in e])
 torch.save(found, folder / f"{rank}.pt")

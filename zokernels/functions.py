@@ -25,11 +25,13 @@ from zokernels.lazy import LazyParameter
 _lock = threading.Lock()
 _users = 0
 _here = threading.local()
-_apply = Function.__dict__["apply"]
+_apply = Function.__dict__["apply"]  # what was there before the evaluations
 
 
 class _Context(FunctionCtx):
     """What ``forward`` is given: it may keep things for a backward pass that will not come."""
+
+    saved_tensors = ()  # as torch has it until then
 
     def __init__(self, inputs: int) -> None:
         self.needs_input_grad = (False,) * inputs
@@ -44,7 +46,7 @@ def _forward_alone(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         or torch.is_grad_enabled()
         or not _only_vmap()
     ):
-        return _apply.__func__(cls, *args, **kwargs)
+        return _apply.__get__(None, cls)(*args, **kwargs)
 
     def forward(*given: Any, **named: Any) -> Any:
         context = () if own_context else (_Context(len(given)),)
@@ -96,10 +98,11 @@ def forward_alone() -> Iterator[None]:
     ``Function.apply`` is one for the process, so the first of several evaluations replaces it and
     the last puts it back.
     """
-    global _users
+    global _users, _apply
     before = getattr(_here, "stacking", False)
     with _lock:
         if _users == 0:
+            _apply = Function.__dict__["apply"]
             Function.apply = classmethod(_forward_alone)  # type: ignore[method-assign,assignment]
         _users += 1
     _here.stacking = True

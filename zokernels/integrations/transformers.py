@@ -15,6 +15,8 @@ callbacks, evaluation, checkpoints and resuming, accumulation, ``torchrun``) is 
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, clear_device_cache  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from zokernels.losses import causal_lm_loss, logits_can_go
@@ -57,20 +60,28 @@ class MeZOTrainerMixin(_Base):
 
     Of :class:`~transformers.TrainingArguments`, ``max_grad_norm``, ``optim`` and what else is about
     gradients mean nothing: ``mezo={"clip": ...}`` bounds the projected gradient. Note that the
-    default ``learning_rate`` of 5e-5 is made for AdamW; MeZO's is 1e-6.
+    default ``learning_rate`` of 5e-5 is made for AdamW; MeZO's is 1e-6. Rather than ``bf16=True``,
+    under which every weight is displaced whole, load the model in bfloat16.
+
+    ``compute_loss`` is called on stacked branches, or once a branch where it reads numbers
+    (``item()``), and again to compare both on first use. TRL's reads numbers for its metrics, and
+    takes the mode of the model for "train" or "eval": ``compute_loss = Trainer.compute_loss`` in
+    the class stacks its plain loss, without the metrics; ``dropout=True`` keeps them apart.
 
     Args:
         args: of the Trainer.
         mezo: options of :class:`zokernels.MeZO`, such as ``eps``, ``num_directions``,
-            ``distribution``, ``mask``, ``clip``, ``journal``; ``seed`` is that of
-            ``TrainingArguments`` unless given. Not with ``optimizers=(zokernels.MeZO(...), ...)``.
+            ``distribution``, ``mask``, ``clip``, ``journal`` (in one of several processes).
+            ``seed`` is that of ``TrainingArguments`` unless given. Not with
+            ``optimizers=(zokernels.MeZO(...), ...)``.
         dropout: whether steps are made in training mode, both probes with the same dropout; MeZO
             has none.
         kwargs: of the Trainer.
 
     Raises:
         TypeError, ValueError: an option that the trainer sets itself, an optimizer that is not a
-            MeZO of this model, DeepSpeed, FSDP, DataParallel or other ways to split a model.
+            MeZO of this model, DeepSpeed, FSDP, DataParallel, tensor, context or sequence
+            parallelism. From :meth:`train`: an option that MeZO does not take.
 
     Source: Malladi et al. 2023, Algorithm 1.
     """
@@ -102,6 +113,8 @@ class MeZOTrainerMixin(_Base):
             ("DeepSpeed", self.is_deepspeed_enabled),
             ("FullyShardedDataParallel", self.is_fsdp_enabled),
             ("DataParallel (several GPUs in one process)", self.args.n_gpu > 1),
+            ("tensor parallelism", self.get_tp_size() > 1),
+            ("context or sequence parallelism", self.get_cp_size() * self.get_sp_size() > 1),
         ):
             if found:
                 raise ValueError(
@@ -112,6 +125,8 @@ class MeZOTrainerMixin(_Base):
             if getattr(self.args, name, False):
                 logger.warning(f"{name} is switched off: there is no backward pass to save for")
                 setattr(self.args, name, False)
+        if self.neftune_noise_alpha is not None and not dropout:
+            logger.warning("neftune_noise_alpha has no effect: the noise is for dropout=True")
 
     # --- set-up -----------------------------------------------------------------------------------
 
@@ -121,6 +136,7 @@ class MeZOTrainerMixin(_Base):
         accelerator = self.accelerator
         accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
         accelerator.scaler = None
+        accelerator.unscale_gradients = accelerator.clip_grad_norm_ = _nothing  # no grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> MeZO:
         """The optimizer that was given, or :class:`zokernels.MeZO` from ``mezo`` and ``args``."""
@@ -143,6 +159,7 @@ class MeZOTrainerMixin(_Base):
         decay = self.args.weight_decay
         if not decay:
             return model
+        model = unwrap(model)
         decayed = set(self.get_decay_parameter_names(model))
         mask = self.mezo.get("mask")
         named = [
@@ -198,19 +215,23 @@ class MeZOTrainerMixin(_Base):
         inputs = self._prepare_inputs(inputs)
         share = self._share_of_tokens(model, inputs, num_items_in_batch)
         if share is not None:
-            return optimizer.accumulate(inputs, partial(_share_of_loss, share=share))
-        return optimizer.accumulate(
-            inputs, lambda _, batch: self._scaled_loss(model, batch, num_items_in_batch)
-        )
+            loss = optimizer.accumulate(inputs, partial(_share_of_loss, share=share))
+        else:
+            loss = optimizer.accumulate(
+                inputs, lambda _, batch: self._scaled_loss(model, batch, num_items_in_batch)
+            )
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return loss
 
     def _scaled_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> Tensor:
         """This micro-batch's summand of the loss of the step."""
+        given: Any = copy.copy(inputs)  # of the same type; compute_loss may take entries out
         with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(
-                model, dict(inputs), num_items_in_batch=num_items_in_batch
-            )
+            loss: Any = self.compute_loss(model, given, num_items_in_batch=num_items_in_batch)
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = self.compute_loss_func is not None or (
@@ -252,7 +273,6 @@ class MeZOTrainerMixin(_Base):
         """
         if "loss" in logs and self.optimizer is not None:
             optimizer = self._check_optimizer(self.optimizer)
-            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
             found = [abs(g) for row in optimizer.projected_gradients for g in row]
             if found:
                 logs["projected_gradient"] = sum(found) / len(found)
@@ -271,12 +291,21 @@ class MeZOTrainerMixin(_Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._check_optimizer(self.optimizer)
         journal = optimizer.journal
-        if checkpoint is not None and journal is not None:
+        # With save_only_model=True there is no step to go back to.
+        if (
+            checkpoint is not None
+            and journal is not None
+            and os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME))
+        ):
             journal.truncate(optimizer.num_steps)  # what came after the checkpoint
 
 
 class MeZOTrainer(MeZOTrainerMixin, Trainer):
     __doc__ = MeZOTrainerMixin.__doc__
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def _share_of_loss(model: nn.Module, batch: Mapping[str, Any], share: Tensor) -> Tensor:
@@ -289,6 +318,6 @@ def _broadcast(model: nn.Module) -> None:
     """The first rank's parameters and buffers, as DistributedDataParallel begins."""
     for tensor in [*model.parameters(), *model.buffers()]:
         held = tensor.contiguous()
-        dist.broadcast(held, 0)
+        dist.broadcast(held.reshape(-1).view(torch.uint8), 0)  # gloo knows few dtypes
         if held.data_ptr() != tensor.data_ptr():
             tensor.copy_(held)

@@ -38,6 +38,13 @@ for _name in "is_floating_point is_complex numel is_inference".split():
     HANDLERS[getattr(torch, _name)] = _metadata
 
 
+@handles(Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _requires_grad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Nothing is recorded, and the parameter's own flag stays: peft's disable_adapter() turns those
+    # of adapters off and on again.
+    return args[0]
+
+
 @handles(Tensor.data_ptr, Tensor.untyped_storage)
 def _storage(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     lazy = args[0]
