@@ -286,7 +286,7 @@ def _flower() -> Any:
     try:
         import flwr  # noqa: F401
     except ImportError as error:
-        raise UserError("--transport flower needs: pip install 'flwr>=1.40'") from error
+        raise UserError("--transport flower needs: pip install 'flwr>=1.40,<1.43'") from error
     from fedzo import flower_app as module
 
     return module
