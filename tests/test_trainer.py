@@ -374,6 +374,16 @@ def test_resuming_is_bit_exact(
     assert same(weights(kept), weights(whole.model))
 
 
+def test_resuming_keeps_the_options_of_the_checkpoint(saved: Path, tmp_path: Path) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    trainer(language_model(saved), tmp_path, changes=changes).train()
+    mezo = {"eps": 1.0, "num_directions": 3}
+    again = trainer(language_model(saved), tmp_path, changes=changes, mezo=mezo)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    optimizer = again.optimizer.optimizer
+    assert (optimizer.num_directions, optimizer.param_groups[0]["eps"]) == (1, 1e-2)
+
+
 def test_a_journal_follows_the_checkpoint(saved: Path, tmp_path: Path) -> None:
     changes = {"save_strategy": "steps", "save_steps": 3}
     with zo.Trajectory.open(tmp_path / "run.zot") as journal:
@@ -473,6 +483,23 @@ def test_mixed_precision_and_checkpointing(saved: Path, tmp_path: Path) -> None:
     assert found["checkpointing"] == found["plain"]
     assert found["bf16"] != found["plain"]
     assert found["bf16"] == pytest.approx(found["plain"], rel=2e-2)
+
+
+def test_the_context_of_the_loss_counts(saved: Path, tmp_path: Path) -> None:
+    class Cast(MeZOTrainer):
+        def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+            return torch.autocast("cpu", torch.bfloat16)
+
+    class CastOwn(Cast):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    found = []
+    for cls in (MeZOTrainer, Cast, CastOwn):
+        built = trainer(language_model(saved), tmp_path, cls)
+        built.train()
+        found.append([entry["loss"] for entry in built.state.log_history if "loss" in entry])
+    assert found[1] == found[2] != found[0]
 
 
 def test_torch_compile(saved: Path, tmp_path: Path) -> None:
@@ -605,15 +632,29 @@ def test_bad_arguments(
         ({"eps": 0}, ValueError, "eps must be > 0"),
         ({"epsilon": 1e-3}, TypeError, "epsilon"),
         ({"distribution": "uniform"}, ValueError, "distribution must be one of"),
+        ({"mask": "mask.safetensors"}, TypeError, "mask must be a Mask or None; got str"),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_bad_options(
-    saved: Path, tmp_path: Path, mezo: dict[str, Any], error: type[Exception], message: str
+    saved: Path,
+    tmp_path: Path,
+    mezo: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    decay: float,
 ) -> None:
-    built = trainer(language_model(saved), tmp_path, mezo=mezo)
+    built = trainer(language_model(saved), tmp_path, changes={"weight_decay": decay}, mezo=mezo)
     with pytest.raises(error, match=message):
         built.train()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_nothing_to_train(saved: Path, tmp_path: Path, decay: float) -> None:
+    model = language_model(saved).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no trainable parameter \(requires_grad\)"):
+        trainer(model, tmp_path, changes={"weight_decay": decay}).train()
 
 
 def test_bad_optimizers(saved: Path, tmp_path: Path) -> None:
@@ -692,6 +733,24 @@ for name, changes in t.SPLITS.items():
     assert model.extra0 and not model.extra1 and not model.extra2
     assert type(built.model_wrapped) is type(model), "wrapped for gradients"
     found[name] = (t.weights(model), [e["loss"] for e in built.state.log_history if "loss" in e])
+
+# The first rank writes checkpoints; each resumes, and a loss that is NaN on one skips the step.
+class Breaks(t.MeZOTrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if rank == 1 and self.state.global_step == 2 else loss
+
+ends = []
+for checkpoint in (None, str(folder / "shared" / "checkpoint-2")):
+    model = t.language_model(saved)
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    mezo = {"eps": 1e-2, "momentum": 0.5, "fuse_update": True}
+    built = t.trainer(model, folder / "shared", Breaks, changes, mezo=mezo)
+    built.train(resume_from_checkpoint=checkpoint)
+    built.optimizer.optimizer.check_ranks()
+    assert built.optimizer.optimizer.skipped == 1
+    ends.append(t.weights(model))
+assert t.same(*ends)
 torch.save(found, folder / f"{rank}.pt")
 dist.destroy_process_group()
 """

@@ -29,6 +29,7 @@ from transformers.trainer import OPTIMIZER_NAME, clear_device_cache  # type: ign
 from transformers.utils import logging
 
 from zokernels.losses import causal_lm_loss, logits_can_go
+from zokernels.masks import Mask
 from zokernels.optim import MeZO
 from zokernels.selection import unwrap
 
@@ -72,8 +73,8 @@ class MeZOTrainerMixin(_Base):
         args: of the Trainer.
         mezo: options of :class:`zokernels.MeZO`, such as ``eps``, ``num_directions``,
             ``distribution``, ``mask``, ``clip``, ``journal`` (in one of several processes).
-            ``seed`` is that of ``TrainingArguments`` unless given. Not with
-            ``optimizers=(zokernels.MeZO(...), ...)``.
+            ``seed`` is that of ``TrainingArguments`` unless given. A run that resumes has those of
+            its checkpoint. Not with ``optimizers=(zokernels.MeZO(...), ...)``.
         dropout: whether steps are made in training mode, both probes with the same dropout; MeZO
             has none.
         kwargs: of the Trainer.
@@ -165,13 +166,13 @@ class MeZOTrainerMixin(_Base):
         named = [
             (name, p)
             for name, p in model.named_parameters()
-            if (p.requires_grad if mask is None else mask.touches(name))
+            if (mask.touches(name) if isinstance(mask, Mask) else p.requires_grad)
         ]
         groups = [
             {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": decay},
             {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
         ]
-        return [group for group in groups if group["params"]]
+        return [group for group in groups if group["params"]] or model
 
     def _check_optimizer(self, optimizer: Any) -> MeZO:
         inner = getattr(optimizer, "optimizer", optimizer)  # under accelerate's wrapper
@@ -213,7 +214,8 @@ class MeZOTrainerMixin(_Base):
         optimizer = self._check_optimizer(self.optimizer)
         model.train(self.dropout)
         inputs = self._prepare_inputs(inputs)
-        share = self._share_of_tokens(model, inputs, num_items_in_batch)
+        with self.compute_loss_context_manager():  # under autocast, say, it is another loss
+            share = self._share_of_tokens(model, inputs, num_items_in_batch)
         if share is not None:
             loss = optimizer.accumulate(inputs, partial(_share_of_loss, share=share))
         else:
