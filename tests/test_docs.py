@@ -66,6 +66,7 @@ def namespace() -> dict[str, Any]:
         "batch1": batch,
         "batch2": batch,
         "loader": [batch, batch],
+        "examples": [{k: v[0] for k, v in batch.items()}] * 4,
         "scheduler": SimpleNamespace(step=lambda: None),
         "loss_fn": lambda m, b: m(**b).loss,
         "closure": lambda: model(**batch).loss,
