@@ -109,6 +109,19 @@ class Net(nn.Module):
         return self.use(self, self.first(x)).square().sum()
 
 
+class Outer(Function):
+    """Its inner function is called with plain tensors where this one is, once a branch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.contiguous().data_ptr()
+        return ByAddress.apply(x, {"by": torch.ones(4)})[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("nothing asks for a gradient")
+
+
 def by_address(h: Tensor, factor: Tensor) -> Tensor:
     out, three, total = ByAddress.apply(h, {"by": factor})
     return out * three + total
@@ -119,6 +132,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "moving weight": lambda net, h: Quantised.apply(h, net.first.weight, 0.5),
     "separate context": lambda net, h: sum(Separate.apply(h, net.fixed)),
     "by address": lambda net, h: by_address(h, net.fixed[0]),
+    "one in another": lambda net, h: Outer.apply(h),
     "in place": lambda net, h: InPlace.apply(h * 1) + h,
     "own rule": lambda net, h: Ruled.apply(h),
 }

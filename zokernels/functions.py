@@ -87,8 +87,8 @@ def _one_by_one(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def _only_vmap() -> bool:
-    stack = functorch.get_interpreter_stack() or []
-    return all(level.key() == functorch.TransformType.Vmap for level in stack)
+    stack = functorch.get_interpreter_stack()
+    return bool(stack) and all(level.key() == functorch.TransformType.Vmap for level in stack)
 
 
 @contextlib.contextmanager
