@@ -64,6 +64,15 @@ def language_model(saved: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(saved)
 
 
+def classifier(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=len(words()), **sizes, **heads, **changes)
+    )
+
+
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     options: dict[str, Any] = {
         "learning_rate": 1e-2,
@@ -199,15 +208,7 @@ def test_other_losses(saved: Path, tmp_path: Path, where: str) -> None:
     changes: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_steps": 3}
     more: dict[str, Any] = {}
     if where == "sequence classification":
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(words()),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-        )
-        model: Any = BertForSequenceClassification(config)
+        model: Any = classifier()
         rows = [row | {"labels": i % 2} for i, row in enumerate(texts())]
         more = {"train_dataset": rows, "data_collator": DataCollatorWithPadding(words())}
     else:
@@ -255,16 +256,7 @@ def test_other_losses(saved: Path, tmp_path: Path, where: str) -> None:
 def test_no_dropout_unless_asked(tmp_path: Path) -> None:
     found = {}
     for dropout in (False, True):
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(words()),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            hidden_dropout_prob=0.5,
-        )
-        model = BertForSequenceClassification(config)
+        model = classifier(hidden_dropout_prob=0.5)
         modes: set[bool] = set()
         model.register_forward_pre_hook(lambda module, _, modes=modes: modes.add(module.training))
         rows = [row | {"labels": i % 2} for i, row in enumerate(texts())]
