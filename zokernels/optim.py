@@ -35,16 +35,9 @@ from zokernels.optim_arguments import (
     check_group,
     check_positive,
     named_tensors,
-    pairs,
     sources,
 )
-from zokernels.optim_state import (
-    KEPT,
-    OPTIONS,
-    STATE_KEY,
-    accepted_state,
-    run_state,
-)
+from zokernels.optim_state import OPTIONS, Resumable
 from zokernels.pending import PendingTerm
 from zokernels.probes import Evaluation, Probes, Tables
 from zokernels.spsa import Past, Rates, Spsa
@@ -103,7 +96,7 @@ class _Gathered:
     facts: dict[str, Any]  # what the probes depend on
 
 
-class MeZO(torch.optim.Optimizer):
+class MeZO(Resumable):
     r"""Zeroth-order SGD (MeZO): each step costs forward passes and one write of the weights.
 
     With the direction ``z`` of a fresh seed, every step does::
@@ -177,36 +170,22 @@ class MeZO(torch.optim.Optimizer):
     (n-SPSA: Algorithm 2); Spall 1992.
     """
 
-    seed: int
-    distribution: str
-    rounding: str
     estimator: str
     nonfinite: str
-    num_directions: int
-    momentum_window: int
     clip: float | None
     fuse_update: bool
     process_group: ProcessGroup | None
     max_branches: int | None
     sequential: bool | None
-    _model: nn.Module | None
     _explicit: bool  # a Binding or a mask chose the parameters, whatever their requires_grad
-    _mask: Mask | None
     _given: Binding | None
-    _bound: Binding | NamedTensors | None
     _groups: list[list[BoundParameter]]
-    _announced: list[list[BoundParameter]]  # the groups the journal knows
     _agreed: list[list[BoundParameter]] | None  # the groups the ranks have compared
     _flags: tuple[tuple[bool, ...], ...]  # requires_grad when the parameters were bound
-    _step: int
-    _skipped: int
     _warned: bool
     _flat: int  # steps in a row whose branches had equal losses
     _told: bool
-    _window: tuple[Past, ...]
     _last: StepResult | None
-    _incoming: dict[str, Any] | None
-    _journal: Trajectory | None
     _pending: list[_Pending]  # oldest first
     _settling: bool
     _tables: Tables
@@ -270,16 +249,23 @@ class MeZO(torch.optim.Optimizer):
         self._model, groups = sources(params, model, mask)
         self._explicit = self._given is not None or mask is not None
         self._bound = None
-        self._groups, self._announced, self._flags, self._agreed = [], [], (), None
+        self._groups, self._announced, self._flags = [], [], ()
         self._step, self._skipped, self._warned = 0, 0, False
-        self._flat, self._told = 0, False
         self._window, self._last = (), None
         self._incoming, self._journal = None, None
-        self._pending, self._settling, self._tables = [], False, {}
-        self._gathered = None
+        self._begin()
         super().__init__(groups, defaults)
         self._bind()
         self.journal = journal
+
+    def _begin(self) -> None:
+        """What an optimizer has only while it is at work, and no copy of it has."""
+        self.__dict__.setdefault("_given", None)
+        self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("_told", False)
+        self._flat = 0
+        self._agreed = self._gathered = None
+        self._pending, self._settling, self._tables = [], False, {}
 
     # --- what a run looks like --------------------------------------------------------------------
 
@@ -843,129 +829,3 @@ class MeZO(torch.optim.Optimizer):
             if journal is not None:
                 journal.undo()
             raise
-
-    # --- state ------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state as plain numbers, strings, lists and dicts.
-
-        Besides torch's ``state`` (empty) and ``param_groups`` it has ``mezo``: the step counter,
-        the root seed, the options and the momentum window, everything a run needs to go on bit for
-        bit. Under a mask, also its fingerprint and, for bfloat16 and float16, the float32 values of
-        the masked elements (tensors).
-        """
-        self._settle()
-        self.flush()
-        handle = self.register_state_dict_post_hook(
-            lambda _, saved: saved.update({STATE_KEY: run_state(self)}), prepend=True
-        )
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, the options of the run included.
-
-        Raises:
-            ValueError: not the state of a MeZO optimizer, or of one with other parameters; the
-                message names the first. Nothing is changed.
-            UnknownVersionError: a format or noise contract version this package does not know.
-        """
-        self._settle()
-        self.flush()
-
-        def accept(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-            self._incoming = accepted_state(self, saved)
-
-        handle = self.register_load_state_dict_pre_hook(accept)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self._incoming = None
-            handle.remove()
-        self._agreed = None
-
-    def resume(self) -> None:
-        """Go on where the journal ends: replay it, and take over the counters and the momentum.
-
-        A journal file and the weights a run began with are a checkpoint of its last step, also
-        after a kill::
-
-            journal = zo.Trajectory.open("run.zo", recover=True)
-            opt = zo.MeZO(model, ..., journal=journal)      # model: as the run began
-            opt.resume()                                    # bit for bit as it was
-
-        Learning rate schedulers keep their own state.
-
-        Raises:
-            ValueError: there is no journal, this optimizer has made steps already, or the journal
-                was made with another ``seed`` or ``num_directions``.
-            ModelMismatchError: the journal is of another model. Nothing is changed.
-        """
-        journal = self._journal
-        if journal is None:
-            raise ValueError("resume needs a journal")
-        if self._step:
-            raise ValueError(f"resume must come before the first step; {self._step} were made")
-        window: list[Past] = []
-        for record in journal:
-            if not record.seeds:
-                continue
-            fresh = record.seeds[-self.num_directions :]
-            if fresh != self._seeds(record.step):
-                raise ValueError(
-                    f"step {record.step} of the journal was made with another seed or "
-                    f"num_directions than {self.seed} and {self.num_directions}"
-                )
-            gradients = record.meta.get("gradients")
-            if not gradients:
-                window.clear()  # a step without momentum forgets those before
-            elif record.step >= journal.next_step - self.momentum_window:
-                window.append(Past(record.step, fresh, tuple(map(tuple, gradients))))
-        if self._mask is not None and self._bound is not None:
-            journal.replay_(self._bound)
-        else:
-            held = {n: p for g in self.param_groups for n, p in pairs(g)}
-            journal.replay_(held if self._model is None else self._model)
-        self._step = journal.next_step
-        self._skipped = sum(not record.seeds for record in journal)
-        self._window = tuple(window)
-
-    def _shadows(self) -> dict[str, Tensor]:
-        """What low-precision weights under a mask are, in float32, by name."""
-        params = self._bound.params if self._bound is not None else ()
-        return {
-            p.name: p.values() for p in params if p.masked is not None and p.dtype != torch.float32
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The binding is made again: it belongs to this model object.
-        self._settle()
-        self.flush()
-        kept = {name: self.__dict__[name] for name in KEPT}
-        return super().__getstate__() | kept | {"_incoming": {"_shadow": self._shadows()}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickling and copying, and the last act of torch's ``load_state_dict``."""
-        super().__setstate__(state)
-        self.__dict__.setdefault("_given", None)
-        self.__dict__.setdefault("_mask", None)
-        self.__dict__.setdefault("fuse_update", False)
-        self.__dict__.setdefault("process_group", None)
-        self.__dict__.setdefault("_told", False)
-        self._flat = 0
-        self._agreed = self._gathered = None
-        self._pending, self._settling, self._tables = [], False, {}
-        incoming = dict(self.__dict__.get("_incoming") or {})
-        shadow: Mapping[str, Tensor] = incoming.pop("_shadow", {})
-        for name, value in incoming.items():
-            setattr(self, name, value)
-        self._incoming = None
-        if "_model" in state:
-            self._bind()
-            self._announced = []
-        for name, values in shadow.items():
-            masked = self._bound.by_name[name].masked if self._bound is not None else None
-            if masked is not None:
-                masked.shadow.copy_(values)
