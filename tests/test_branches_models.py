@@ -263,7 +263,7 @@ ADAPTERS: dict[str, tuple[Any, bool]] = {
         peft.AdaLoraConfig(target_modules=PROJECTIONS, init_r=4, target_r=2, total_step=10),
         False,
     ),
-    "loha": (peft.LoHaConfig(target_modules=PROJECTIONS, r=4), False),
+    "loha": (peft.LoHaConfig(target_modules=PROJECTIONS, r=4), True),
     "lokr": (peft.LoKrConfig(target_modules=PROJECTIONS, r=4), True),
     "oft": (peft.OFTConfig(target_modules=PROJECTIONS, r=0, oft_block_size=4), False),
     "vera": (peft.VeraConfig(target_modules=["q_proj"], r=4), True),
