@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from fedzo.records import RoundRecord
 from fedzo.simulation import Federation
 from fedzo.task import Batch
 from fedzo.transports import Transport
+from zokernels._files import write_atomically
 from zokernels.finetune import assets, models
 from zokernels.finetune.config import UserError
 from zokernels.finetune.memory import resident
@@ -447,12 +447,7 @@ def _memory(model: nn.Module) -> tuple[int, int]:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 __all__ = [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from zokernels._files import write_atomically
 from zokernels.finetune.config import UserError
 
 LINES, TABLE, EVENTS = "metrics.jsonl", "metrics.csv", "tensorboard"
@@ -169,12 +169,7 @@ def _plain(value: Any) -> Any:
 
 def _rewritten(path: Path, lines: Iterable[str]) -> Any:
     """A file with these lines, open at its end; the old one stays until the new one is whole."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
     return path.open("a", encoding="utf-8", newline="")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zokernels._files import write_atomically
 from zokernels.finetune.config import Config, UserError, build
 from zokernels.finetune.ranks import Ranks
 from zokernels.trajectory import Trajectory
@@ -84,7 +84,7 @@ class Folder:
     def write(self, name: str, value: Any) -> None:
         """A JSON file, whole or not at all."""
         if self.ranks.first:
-            _replace(self.path / name, json.dumps(value, indent=1) + "\n")
+            write_atomically(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         """One more line of a JSONL file."""
@@ -102,7 +102,7 @@ class Folder:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] < steps:
                     kept.append(line + "\n")
-        _replace(path, "".join(kept))
+        write_atomically(path, "".join(kept).encode())
 
     def journal(self, config: Config, seed: int) -> Trajectory:
         """The journal of a seed: open on the first rank, and a copy in memory on the others.
@@ -134,15 +134,13 @@ class Folder:
         moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
         def start() -> dict[str, torch.Tensor]:
-            from safetensors.torch import load_file, save_file
+            from safetensors.torch import load_file, save
 
             path = self.path / ADAPTER
             if path.is_file():
                 return load_file(path)
             values = {n: p.detach().cpu().contiguous() for n, p in moving.items()}
-            partial = path.with_suffix(".part")
-            save_file(values, partial)
-            partial.replace(path)
+            write_atomically(path, save(values))
             return values
 
         saved = self.ranks.from_first(start)
@@ -167,13 +165,3 @@ def resumed_options(output: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise UserError(f"--resume: {path} is damaged: it holds no object")
     return options
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
